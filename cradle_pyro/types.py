@@ -1,0 +1,136 @@
+"""Words every layer shares: the screen's names and the batch that crosses from data to model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Schema"]
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Names and sizes of a screen: everything a model needs to know about the data in words.
+
+    Parameters
+    ----------
+    genes
+        Names of the scored genes, in the order of ``counts`` columns.
+    perturbations
+        Names of the elementary perturbations (no combinations, no control), in design order.
+    artifacts
+        Names of the artifact flags, in order; never contains "any" beside other flags.
+    covariates
+        Categorical covariates and their levels. Columns of ``Batch.covariates`` are the levels,
+        one-hot, concatenated in this order.
+    control
+        Canonical label of an unperturbed cell.
+    delimiter
+        Joins elementary perturbations in a label.
+    has_rest
+        True when libraries count genes that were not kept, so that rates sum to less than one.
+
+    Examples
+    --------
+    >>> schema = Schema(genes=("G1",), perturbations=("A", "B"), covariates=(("batch", ("1", "2")),))
+    >>> schema.n_perturbations, schema.n_covariate_levels
+    (2, 2)
+    """
+
+    genes: tuple[str, ...]
+    perturbations: tuple[str, ...]
+    artifacts: tuple[str, ...] = ()
+    covariates: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    control: str = "control"
+    delimiter: str = "+"
+    has_rest: bool = False
+
+    @property
+    def n_genes(self) -> int:
+        """Number of scored genes."""
+        return len(self.genes)
+
+    @property
+    def n_perturbations(self) -> int:
+        """Number of elementary perturbations."""
+        return len(self.perturbations)
+
+    @property
+    def n_artifacts(self) -> int:
+        """Number of artifact flags."""
+        return len(self.artifacts)
+
+    @property
+    def n_covariate_levels(self) -> int:
+        """Number of one-hot columns over all covariates."""
+        return sum(len(levels) for _, levels in self.covariates)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Cells as the model sees them: tensors only, one row per cell.
+
+    Parameters
+    ----------
+    counts
+        Raw counts (or log-normalised values for a Normal likelihood), shape (cells, genes).
+    perturbation
+        Design, multi-hot or dosage >= 0, all zero for a control; shape (cells, perturbations).
+    artifact
+        Flags in {0, 1} or severities in [0, 1]; shape (cells, artifacts).
+    library
+        Library size, in counts; shape (cells,).
+    covariates
+        One-hot levels, concatenated; shape (cells, covariate_levels).
+    artifact_observed
+        False for cells whose flags are missing (their ``artifact`` row is ignored); shape (cells,).
+        None means that all are observed.
+    partner
+        Observed training cells with the same perturbation and covariates and the opposite artifact
+        state, for the partner form of the counterfactual term.
+    partner_rows
+        Row of this batch to which each row of `partner` belongs; shape (partners,).
+    """
+
+    counts: Tensor
+    perturbation: Tensor
+    artifact: Tensor
+    library: Tensor
+    covariates: Tensor
+    artifact_observed: Tensor | None = None
+    partner: Batch | None = None
+    partner_rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.library.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Return the batch on `device`."""
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def take(self, rows: Tensor) -> Batch:
+        """Return the cells at `rows` (integer positions), without partners."""
+        alone = dataclasses.replace(self, partner=None, partner_rows=None)
+        return alone._map(lambda value: value[rows])
+
+    def replace(self, **fields: Tensor | Batch | None) -> Batch:
+        """Return a copy with some fields replaced."""
+        return dataclasses.replace(self, **fields)  # type: ignore[arg-type]
+
+    def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(
+            **{
+                name: (
+                    value
+                    if value is None
+                    else value._map(function)
+                    if isinstance(value, Batch)
+                    else function(value)
+                )
+                for name, value in values.items()
+            }
+        )
