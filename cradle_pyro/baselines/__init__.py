@@ -1,0 +1,1 @@
+"""Predictors to compare with: simple ones that a model must beat before it is worth its cost."""
