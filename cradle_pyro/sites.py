@@ -9,7 +9,6 @@ EFFECT_MASK: Final = "effect_mask"
 EFFECT: Final = "effect"
 GENE_EFFECT: Final = "gene_effect"
 ARTIFACT_EFFECT: Final = "artifact_effect"
-ARTIFACT_BASE_RISK: Final = "artifact_base_risk"
 ARTIFACT_RISK: Final = "artifact_risk"
 DEPTH_SHIFT: Final = "depth_shift"
 

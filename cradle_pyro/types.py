@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Schema"]
+__all__ = ["Batch", "Schema", "Statistics"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,38 @@ class Schema:
     def n_covariate_levels(self) -> int:
         """Number of one-hot columns over all covariates."""
         return sum(len(levels) for _, levels in self.covariates)
+
+
+class Statistics(NamedTuple):
+    """What the model learns from the training cells before it sees a batch.
+
+    Parameters
+    ----------
+    n_cells
+        Number of training cells, the size of the cells plate.
+    log_mean, log_sd
+        Mean and standard deviation of log1p counts (or of the values), shape (genes,).
+    fraction
+        Mean over cells of counts over library, shape (genes,); of the values if log-normalised.
+    inverse_dispersion
+        Method-of-moments negative-binomial inverse dispersion, shape (genes,).
+    log_library_mean, log_library_sd
+        Mean and standard deviation of log library, scalars.
+    artifact_share
+        Share of training cells that carry each flag, shape (artifacts,).
+    failing_share
+        Share of training cells that carry any flag, scalar.
+    """
+
+    n_cells: int
+    log_mean: Tensor
+    log_sd: Tensor
+    fraction: Tensor
+    inverse_dispersion: Tensor
+    log_library_mean: Tensor
+    log_library_sd: Tensor
+    artifact_share: Tensor
+    failing_share: Tensor
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The Pyro model and guide pair; nothing here sees an AnnData."""

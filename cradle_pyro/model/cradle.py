@@ -1,0 +1,215 @@
+"""The generative model: basal state, artifact and perturbation of every cell, as Pyro sites."""
+
+from __future__ import annotations
+
+import torch
+from pyro import deterministic, plate, sample
+from pyro import distributions as dist
+from torch import Tensor, nn
+
+from cradle_pyro import sites
+from cradle_pyro.config import ModelConfig
+from cradle_pyro.types import Batch, Schema, Statistics
+
+from .likelihoods import make_likelihood
+from .networks import Decoder
+from .relaxed import PresenceBernoulli, ScaleMixtureNormal
+
+__all__ = ["Cradle", "cells_plate", "gate"]
+
+
+def cells_plate(n_cells: int, batch: Batch) -> plate:
+    """Return the plate of the cells in `batch`, scaled to the `n_cells` of the training set."""
+    return plate(
+        sites.CELLS, n_cells, subsample=torch.arange(len(batch), device=batch.library.device), dim=-1
+    )
+
+
+def gate(artifact: Tensor) -> Tensor:
+    """Return 1 for cells that carry any artifact, else 0; shape (..., cells, 1)."""
+    return (artifact > 0).any(-1, keepdim=True).to(artifact.dtype)
+
+
+class Cradle(nn.Module):
+    """CRADLE: counts of a cell from its basal state, artifact and perturbation.
+
+    A plain Pyro callable on a :class:`~cradle_pyro.types.Batch`. All structural variables are
+    sites that can be intervened upon; see ``DESIGN.md`` section 2 for the equations, which stand
+    in the same order here. Extends CRADLE-VAE (Baek et al. 2025, Counterfactual Reasoning-Based
+    Artifact Disentanglement for Perturbation Effects) and SAMS-VAE (Bereket and Karaletsos 2023,
+    Modelling Cellular Perturbations with the Sparse Additive Mechanism Shift VAE).
+
+    Parameters
+    ----------
+    schema
+        Names and sizes of the screen.
+    config
+        Which mechanisms there are.
+    statistics
+        Training statistics: size of the cells plate and starting values.
+    """
+
+    def __init__(self, schema: Schema, config: ModelConfig, statistics: Statistics) -> None:
+        super().__init__()
+        self.schema = schema
+        self.config = config
+        self.n_cells = statistics.n_cells
+        self.likelihood = make_likelihood(config.likelihood, statistics)
+        self.decoder = self._make_decoder(statistics)
+        self.n_artifact_latents = config.n_artifact_latents if schema.n_artifacts else 0
+        self.artifact_loading = nn.Parameter(
+            0.3 * torch.randn(self.n_artifact_latents, config.n_latents)
+        )
+        if self.has_artifact_risk:
+            share = statistics.artifact_share.clamp(1e-3, 1 - 1e-3)
+            self.artifact_log_odds = nn.Parameter(torch.logit(share))
+        if self.has_depth_shift:
+            levels = max(schema.n_covariate_levels, 1)
+            self.log_library_loc = nn.Parameter(statistics.log_library_mean.expand(levels).clone())
+            self.log_library_log_scale = nn.Parameter(statistics.log_library_sd.log())
+
+    @property
+    def has_artifact_risk(self) -> bool:
+        """Whether flags are modelled as depending on the perturbation."""
+        return self.config.artifact_risk and self.schema.n_artifacts > 0
+
+    @property
+    def has_depth_shift(self) -> bool:
+        """Whether the library is modelled, with a shift under each artifact."""
+        return self.config.depth_shift and self.schema.n_artifacts > 0
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sample (or score) the cells of `batch`; return counts, shape (cells, genes)."""
+        effect, gene_effect = self.perturbation_effects()
+        artifact_effect, risk, depth = self.artifact_effects()
+        with cells_plate(self.n_cells, batch):
+            z_basal = sample(sites.Z_BASAL, self._standard_normal(batch, self.config.n_latents))
+            perturbation = deterministic(sites.PERTURBATION, batch.perturbation, event_dim=1)
+            artifact = self.artifact(batch, perturbation, risk)
+            perturbation_shift = deterministic(
+                sites.PERTURBATION_SHIFT, perturbation @ effect, event_dim=1
+            )
+            artifact_shift = self.artifact_shift(batch, artifact, artifact_effect)
+            library = self.library(batch, artifact, depth)
+            rate = self.rate(
+                z_basal, perturbation_shift, artifact_shift, batch.covariates,
+                perturbation @ gene_effect if gene_effect is not None else None,
+            )  # fmt: skip
+            return sample(sites.COUNTS, self.likelihood(rate, library), obs=batch.counts)
+
+    def perturbation_effects(self) -> tuple[Tensor, Tensor | None]:
+        """Sample the masked latent shifts (perturbations, latents) and the gene effects."""
+        config, n_genes = self.config, self.schema.n_genes
+        one = self.artifact_loading.new_ones(())
+        gene_effect = None
+        with plate(sites.PERTURBATIONS, self.schema.n_perturbations, dim=-1):
+            effect = one.new_zeros(self.schema.n_perturbations, config.n_latents)
+            if config.latent_effect:
+                shape = [config.n_latents]
+                probability = one * config.mask_probability
+                mask = sample(sites.EFFECT_MASK, dist.Bernoulli(probability).expand(shape).to_event(1))
+                scale = one * config.effect_scale
+                size = sample(sites.EFFECT, dist.Normal(0 * one, scale).expand(shape).to_event(1))
+                effect = mask * size
+            if config.gene_effect is not None:
+                prior = ScaleMixtureNormal(
+                    one * config.gene_effect.slab_probability,
+                    one * config.gene_effect.slab_scale,
+                    one * config.gene_effect.spike_scale,
+                )
+                gene_effect = sample(sites.GENE_EFFECT, prior.expand([n_genes]).to_event(1))
+        return effect, gene_effect
+
+    def artifact_effects(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Sample what each flag does: latent shift, log-odds by perturbation, change of depth."""
+        if not self.schema.n_artifacts:
+            return None, None, None
+        config, one, risk, depth = self.config, self.artifact_loading.new_ones(()), None, None
+        with plate(sites.ARTIFACTS, self.schema.n_artifacts, dim=-1):
+            prior = dist.Normal(0 * one, one * config.artifact_effect_scale)
+            effect = sample(sites.ARTIFACT_EFFECT, prior.expand([config.n_latents]).to_event(1))
+            if self.has_artifact_risk:
+                prior = dist.Normal(0 * one, one * config.artifact_risk_scale)
+                shape = [self.schema.n_perturbations]
+                risk = sample(sites.ARTIFACT_RISK, prior.expand(shape).to_event(1))
+            if self.has_depth_shift:
+                depth = sample(sites.DEPTH_SHIFT, dist.Normal(0 * one, one * config.depth_shift_scale))
+        return effect, risk, depth
+
+    def artifact(self, batch: Batch, perturbation: Tensor, risk: Tensor | None) -> Tensor:
+        """Return the flags, shape (cells, artifacts), a descendant of the perturbation.
+
+        Raises
+        ------
+        ValueError
+            If flags are missing but `artifact_risk` is off, so that nothing can fill them in.
+        """
+        if risk is None:
+            if batch.artifact_observed is not None:
+                raise ValueError("Missing artifact flags need model.artifact_risk = true.")
+            return deterministic(sites.ARTIFACT, batch.artifact, event_dim=1)
+        logits = self.artifact_log_odds + perturbation @ risk.transpose(-1, -2)
+        flags = PresenceBernoulli(logits=logits).to_event(1)
+        if batch.artifact_observed is None:
+            return sample(sites.ARTIFACT, flags, obs=batch.artifact)
+        return sample(sites.ARTIFACT, flags, obs=batch.artifact, obs_mask=batch.artifact_observed)
+
+    def artifact_shift(self, batch: Batch, artifact: Tensor, effect: Tensor | None) -> Tensor:
+        """Return the shift by flags and by kind of artifact; exactly zero without an artifact."""
+        shift = self.artifact_loading.new_zeros(len(batch), self.config.n_latents)
+        if effect is not None:
+            shift = artifact @ effect
+        if self.n_artifact_latents:
+            prior = self._standard_normal(batch, self.n_artifact_latents)
+            z_artifact = sample(sites.Z_ARTIFACT, prior)
+            shift = shift + gate(artifact) * (z_artifact @ self.artifact_loading)
+        return deterministic(sites.ARTIFACT_SHIFT, shift, event_dim=1)
+
+    def library(self, batch: Batch, artifact: Tensor, depth: Tensor | None) -> Tensor:
+        """Return the library size, shape (cells,): modelled, or given by the data."""
+        if depth is None:
+            return deterministic(sites.LIBRARY, batch.library)
+        loc = self.log_library_loc
+        loc = batch.covariates @ loc if self.schema.n_covariate_levels else loc.expand(len(batch))
+        loc = loc + (artifact @ depth.unsqueeze(-1)).squeeze(-1)
+        library = dist.LogNormal(loc, self.log_library_log_scale.exp())
+        return sample(sites.LIBRARY, library, obs=batch.library)
+
+    def rate(
+        self,
+        z_basal: Tensor,
+        perturbation_shift: Tensor,
+        artifact_shift: Tensor,
+        covariates: Tensor,
+        log_fold_change: Tensor | None,
+    ) -> Tensor:
+        """Return the expected fractions of the kept genes, shape (..., cells, genes)."""
+        if self.config.combine == "sum":
+            states = (z_basal + perturbation_shift + artifact_shift, covariates)
+        else:
+            states = (z_basal, perturbation_shift, artifact_shift, covariates)
+        logits = self.decoder(*(states if self.schema.n_covariate_levels else states[:-1]))
+        if log_fold_change is not None:
+            if self.schema.has_rest:
+                log_fold_change = nn.functional.pad(log_fold_change, (0, 1))
+            logits = logits + log_fold_change
+        rate = self.likelihood.rate(logits, has_rest=self.schema.has_rest)
+        return deterministic(sites.RATE, rate, event_dim=1)
+
+    def _make_decoder(self, statistics: Statistics) -> Decoder:
+        config, schema = self.config, self.schema
+        states = [config.n_latents] * (1 if config.combine == "sum" else 3)
+        if schema.n_covariate_levels:
+            states.append(schema.n_covariate_levels)
+        n_outputs = schema.n_genes + schema.has_rest
+        decoder = Decoder(states, n_outputs, config.decoder, linear_path=config.linear_path)
+        with torch.no_grad():
+            decoder.bias[: schema.n_genes] = self.likelihood.initial_logits(statistics)
+            if schema.has_rest:
+                rest = (1 - statistics.fraction.sum()).clamp(min=1e-3)
+                decoder.bias[schema.n_genes] = rest.log()
+        return decoder
+
+    def _standard_normal(self, batch: Batch, size: int) -> dist.TorchDistribution:
+        zero = batch.library.new_zeros(())
+        return dist.Normal(zero, zero + 1).expand([len(batch), size]).to_event(1)

@@ -1,0 +1,215 @@
+"""Guides: the structured family (default) and mean-field, made of the same parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pyro import distributions as dist
+from pyro import plate, poutine, sample
+from torch import Tensor, nn
+
+from cradle_pyro import sites
+from cradle_pyro.config import GuideConfig, NetworkConfig
+from cradle_pyro.types import Batch, Schema, Statistics
+
+from .cradle import Cradle, cells_plate, gate
+from .networks import CellEncoder, GaussianHead, MeanFieldNormal, ResidualMLP
+from .relaxed import StraightThroughBernoulli
+
+__all__ = ["CradleGuide", "make_guide"]
+
+
+class FreeEffect(nn.Module):
+    """q(effect): a free Normal, whatever the mask (mean-field)."""
+
+    def __init__(self, n_perturbations: int, n_latents: int, config: GuideConfig) -> None:
+        super().__init__()
+        self.normal = MeanFieldNormal(n_perturbations, n_latents, initial_scale=config.initial_scale)
+
+    def forward(self, mask: Tensor) -> dist.Normal:
+        """Return the Normal, shape (perturbations, latents)."""
+        return self.normal()
+
+
+class MaskedEffect(nn.Module):
+    """q(effect | mask): a Normal from the mask and a learned embedding of the perturbation."""
+
+    def __init__(self, n_perturbations: int, n_latents: int, config: GuideConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(n_perturbations, n_latents))
+        self.network = ResidualMLP([n_latents, n_latents], config.effect_encoder)
+        self.head = GaussianHead(
+            config.effect_encoder.hidden, n_latents, initial_scale=config.initial_scale
+        )
+        # A free offset lets each perturbation move at once; the network adds the dependence.
+        self.offset = nn.Parameter(0.1 * torch.randn(n_perturbations, n_latents))
+
+    def forward(self, mask: Tensor) -> dist.Normal:
+        """Return the Normal, shape (..., perturbations, latents)."""
+        normal = self.head(self.network(self.embedding, mask))
+        return dist.Normal(normal.loc + self.offset, normal.scale)
+
+
+class ExpressionInput(nn.Module):
+    """The encoders' input: log1p counts standardised with training statistics, and log library.
+
+    The same constants serve query data.
+    """
+
+    def __init__(self, statistics: Statistics, *, take_log: bool) -> None:
+        super().__init__()
+        self.take_log = take_log
+        self.register_buffer("log_mean", statistics.log_mean.clone())
+        self.register_buffer("log_sd", statistics.log_sd.clamp(min=1e-2).clone())
+        self.register_buffer("log_library_mean", statistics.log_library_mean.clone())
+        self.register_buffer("log_library_sd", statistics.log_library_sd.clone())
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the input, shape (cells, genes + 1)."""
+        values = torch.log1p(batch.counts) if self.take_log else batch.counts
+        library = (batch.library.log() - self.log_library_mean) / self.log_library_sd
+        expression = (values - self.log_mean) / self.log_sd
+        return torch.cat([expression.clamp(-10, 10), library.unsqueeze(-1)], -1)
+
+
+class CradleGuide(nn.Module):
+    """q(globals) q(z_artifact | x, p, a) q(z_basal | x, p, r, s), same sites as the model.
+
+    Parameters
+    ----------
+    model
+        Tells which mechanisms there are; no parameter is shared with it.
+    config
+        Family and sizes.
+    statistics
+        Training statistics, for the encoders' input.
+
+    Notes
+    -----
+    The encoder of z_basal is given the flags' shift and the gated z_artifact rather than their
+    sum through the model's loading: the same information, and the pair shares no parameter.
+    """
+
+    def __init__(self, model: Cradle, config: GuideConfig, statistics: Statistics) -> None:
+        super().__init__()
+        schema, n_latents = model.schema, model.config.n_latents
+        structured = config.family == "structured"
+        self.schema = schema
+        self.n_cells = model.n_cells
+        self.structured = structured
+        self.expression = ExpressionInput(
+            statistics, take_log=model.config.likelihood != "normal"
+        )
+        self._add_perturbation_parts(model, config)
+        self._add_artifact_parts(model, config)
+        context = [n_latents, n_latents, model.n_artifact_latents] if structured else []
+        self.z_basal = self._encoder(context, n_latents, config.encoder)
+
+    def forward(self, batch: Batch) -> None:
+        """Sample the latents of `batch`."""
+        effect, artifact_effect = self.global_latents()
+        expression = self.expression(batch)
+        with cells_plate(self.n_cells, batch):
+            artifact = self.artifact(batch, expression)
+            z_artifact = self.artifact_state(batch, expression, effect, artifact)
+            context: list[Tensor] = []
+            if self.structured:
+                context = [batch.perturbation @ effect, artifact @ artifact_effect, z_artifact]
+            normal = self._encode(self.z_basal, batch, expression, context)
+            sample(sites.Z_BASAL, normal.to_event(1))
+
+    def global_latents(self) -> tuple[Tensor, Tensor]:
+        """Sample the global latents; return masked effects and artifact effects."""
+        with plate(sites.PERTURBATIONS, self.schema.n_perturbations, dim=-1):
+            effect = self.expression.log_mean.new_zeros(
+                self.schema.n_perturbations, self.z_basal.head.loc.out_features
+            )
+            if self.mask_logits is not None:
+                mask_dist = StraightThroughBernoulli(self.mask_logits)
+                mask = sample(sites.EFFECT_MASK, mask_dist.to_event(1))
+                effect = mask * sample(sites.EFFECT, self.effect(mask).to_event(1))
+            if self.gene_effect is not None:
+                sample(sites.GENE_EFFECT, self.gene_effect().to_event(1))
+        if self.artifact_effect is None:
+            return effect, effect.new_zeros(0, effect.shape[-1])
+        with plate(sites.ARTIFACTS, self.schema.n_artifacts, dim=-1):
+            artifact_effect = sample(sites.ARTIFACT_EFFECT, self.artifact_effect().to_event(1))
+            if self.artifact_risk is not None:
+                sample(sites.ARTIFACT_RISK, self.artifact_risk().to_event(1))
+            if self.depth_shift is not None:
+                sample(sites.DEPTH_SHIFT, self.depth_shift())
+        return effect, artifact_effect
+
+    def artifact(self, batch: Batch, expression: Tensor) -> Tensor:
+        """Return the flags, filling in missing ones by a straight-through draw of q(a | x)."""
+        if batch.artifact_observed is None or self.artifact_logits is None:
+            return batch.artifact
+        flags = StraightThroughBernoulli(self.artifact_logits(expression)).to_event(1)
+        observed = batch.artifact_observed
+        with poutine.mask(mask=~observed):
+            drawn = sample(f"{sites.ARTIFACT}_unobserved", flags)
+        return torch.where(observed.unsqueeze(-1), batch.artifact, drawn)
+
+    def artifact_state(
+        self, batch: Batch, expression: Tensor, effect: Tensor, artifact: Tensor
+    ) -> Tensor:
+        """Sample z_artifact; its guide is the prior, exactly, where there is no artifact."""
+        if self.z_artifact is None:
+            return artifact.new_zeros(len(batch), 0)
+        context = [batch.perturbation @ effect, artifact] if self.structured else []
+        normal = self._encode(self.z_artifact, batch, expression, context)
+        failing = gate(artifact)
+        scale = torch.where(failing > 0, normal.scale, torch.ones_like(normal.scale))
+        gated = dist.Normal(failing * normal.loc, scale)
+        return failing * sample(sites.Z_ARTIFACT, gated.to_event(1))
+
+    def _add_perturbation_parts(self, model: Cradle, config: GuideConfig) -> None:
+        schema, n_latents = model.schema, model.config.n_latents
+        self.mask_logits = self.effect = self.gene_effect = None
+        if model.config.latent_effect:
+            self.mask_logits = nn.Parameter(torch.zeros(schema.n_perturbations, n_latents))
+            effect = MaskedEffect if self.structured else FreeEffect
+            self.effect = effect(schema.n_perturbations, n_latents, config)
+        if model.config.gene_effect is not None:
+            self.gene_effect = MeanFieldNormal(
+                schema.n_perturbations,
+                schema.n_genes,
+                initial_scale=model.config.gene_effect.spike_scale,
+            )
+
+    def _add_artifact_parts(self, model: Cradle, config: GuideConfig) -> None:
+        schema, n_latents = model.schema, model.config.n_latents
+        self.artifact_effect = self.artifact_risk = self.depth_shift = None
+        self.artifact_logits = self.z_artifact = None
+        if not schema.n_artifacts:
+            return
+        scale = config.initial_scale
+        self.artifact_effect = MeanFieldNormal(schema.n_artifacts, n_latents, initial_scale=scale)
+        if model.has_artifact_risk:
+            self.artifact_risk = MeanFieldNormal(
+                schema.n_artifacts, schema.n_perturbations, initial_scale=scale
+            )
+            self.artifact_logits = nn.Linear(schema.n_genes + 1, schema.n_artifacts)
+        if model.has_depth_shift:
+            self.depth_shift = MeanFieldNormal(schema.n_artifacts, initial_scale=scale)
+        if model.n_artifact_latents:
+            context = [n_latents, schema.n_artifacts] if self.structured else []
+            self.z_artifact = self._encoder(context, model.n_artifact_latents, config.encoder)
+
+    def _encoder(
+        self, context: Sequence[int], n_latents: int, config: NetworkConfig
+    ) -> CellEncoder:
+        levels = [self.schema.n_covariate_levels] if self.schema.n_covariate_levels else []
+        return CellEncoder(self.schema.n_genes + 1, [*context, *levels], n_latents, config)
+
+    def _encode(
+        self, encoder: CellEncoder, batch: Batch, expression: Tensor, context: list[Tensor]
+    ) -> dist.Normal:
+        levels = [batch.covariates] if self.schema.n_covariate_levels else []
+        return encoder(expression, *context, *levels)
+
+
+def make_guide(model: Cradle, config: GuideConfig, statistics: Statistics) -> CradleGuide:
+    """Return the guide of the configured family for `model`."""
+    return CradleGuide(model, config, statistics)

@@ -1,0 +1,353 @@
+"""Likelihoods: modules that turn logits into a rate, and a rate and a library into a distribution.
+
+Every distribution here has the genes as its event dimension, so that ``log_prob`` returns one
+number per cell and the terms that do not depend on the mean are computed once for all particles.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cradle_pyro.types import Statistics
+
+__all__ = [
+    "AbstractLikelihood",
+    "GeneNegativeBinomial",
+    "GeneNormal",
+    "GenePoisson",
+    "GeneZeroInflatedNegativeBinomial",
+    "NegativeBinomialLikelihood",
+    "NormalLikelihood",
+    "PoissonLikelihood",
+    "ZeroInflatedLikelihood",
+    "make_likelihood",
+]
+
+_SMALLEST_MEAN = 1e-12
+_LOG_DISPERSION_RANGE = (-6.0, 9.0)
+_PER_TEN_THOUSAND = 1e4
+
+
+class _GeneDistribution(TorchDistribution):
+    """Independent genes of a cell: batch shape (..., cells), event shape (genes,)."""
+
+    arg_constraints = {}  # noqa: RUF012 (torch's interface)
+    support = constraints.independent(constraints.nonnegative, 1)
+    has_rsample = False
+
+    def __init__(self, loc: Tensor, *, validate_args: bool | None = None) -> None:
+        self.loc = loc
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
+
+    def expand(
+        self, batch_shape: torch.Size, _instance: TorchDistribution | None = None
+    ) -> _GeneDistribution:
+        """Return the distribution with a larger batch shape."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.loc = self.loc.expand(torch.Size(batch_shape) + self.event_shape)
+        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, shape (..., cells, genes)."""
+        return self.loc
+
+
+class GenePoisson(_GeneDistribution):
+    """Poisson counts of a cell.
+
+    Parameters
+    ----------
+    loc
+        Mean, shape (..., cells, genes).
+    """
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance, equal to the mean."""
+        return self.loc
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Return counts, shape sample_shape + (..., cells, genes)."""
+        with torch.no_grad():
+            return torch.poisson(self.loc.expand(self._extended_shape(sample_shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-probability of each cell, shape (..., cells)."""
+        mean = self.loc.clamp(min=_SMALLEST_MEAN)
+        terms = torch.xlogy(value, mean) - mean
+        return terms.sum(-1) - torch.lgamma(value + 1).sum(-1)
+
+
+class GeneNegativeBinomial(_GeneDistribution):
+    """Negative binomial counts of a cell, NB2: variance = mean + mean² / inverse_dispersion.
+
+    Parameters
+    ----------
+    loc
+        Mean, shape (..., cells, genes).
+    inverse_dispersion
+        Positive, shape (genes,).
+
+    Notes
+    -----
+    log p(x) = lgamma(x+θ) - lgamma(θ) - lgamma(x+1) + x log(μ/θ) - (x+θ) log(1+μ/θ). The lgamma
+    terms vanish at x = 0, do not depend on the mean, and are computed at the non-zero counts only.
+    """
+
+    def __init__(
+        self, loc: Tensor, inverse_dispersion: Tensor, *, validate_args: bool | None = None
+    ) -> None:
+        self.inverse_dispersion = inverse_dispersion
+        super().__init__(loc, validate_args=validate_args)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance, shape (..., cells, genes)."""
+        return self.loc + self.loc**2 / self.inverse_dispersion
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Return counts, shape sample_shape + (..., cells, genes), as a gamma-Poisson mixture."""
+        with torch.no_grad():
+            shape = self._extended_shape(sample_shape)
+            theta = self.inverse_dispersion.expand(shape)
+            gamma = torch._standard_gamma(theta)
+            return torch.poisson(gamma * (self.loc / self.inverse_dispersion).expand(shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-probability of each cell, shape (..., cells)."""
+        theta = self.inverse_dispersion
+        ratio = (self.loc / theta).clamp(min=_SMALLEST_MEAN)
+        spread = ((value + theta) * torch.log1p(ratio)).sum(-1)
+        return torch.xlogy(value, ratio).sum(-1) - spread + _log_binomial(value, theta)
+
+    def log_prob_per_gene(self, value: Tensor) -> Tensor:
+        """Return the log-probability of each count, shape (..., cells, genes)."""
+        theta = self.inverse_dispersion
+        ratio = (self.loc / theta).clamp(min=_SMALLEST_MEAN)
+        lgammas = torch.lgamma(value + theta) - torch.lgamma(theta) - torch.lgamma(value + 1)
+        return torch.xlogy(value, ratio) - (value + theta) * torch.log1p(ratio) + lgammas
+
+
+class GeneZeroInflatedNegativeBinomial(_GeneDistribution):
+    """Negative binomial with a dropout probability per gene.
+
+    Parameters
+    ----------
+    loc
+        Mean of the negative binomial part, shape (..., cells, genes).
+    inverse_dispersion
+        Positive, shape (genes,).
+    dropout_logits
+        Log-odds that a count is dropped to zero, shape (genes,).
+    """
+
+    def __init__(
+        self,
+        loc: Tensor,
+        inverse_dispersion: Tensor,
+        dropout_logits: Tensor,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.inverse_dispersion = inverse_dispersion
+        self.dropout_logits = dropout_logits
+        super().__init__(loc, validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean after dropout, shape (..., cells, genes)."""
+        return self.loc * torch.sigmoid(-self.dropout_logits)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance after dropout, shape (..., cells, genes)."""
+        kept = torch.sigmoid(-self.dropout_logits)
+        second = self.loc + self.loc**2 * (1 + 1 / self.inverse_dispersion)
+        return kept * second - (kept * self.loc) ** 2
+
+    def _counts(self) -> GeneNegativeBinomial:
+        return GeneNegativeBinomial(self.loc, self.inverse_dispersion, validate_args=False)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Return counts, shape sample_shape + (..., cells, genes)."""
+        with torch.no_grad():
+            counts = self._counts().sample(sample_shape)
+            kept = torch.sigmoid(-self.dropout_logits).expand(counts.shape)
+            return counts * torch.bernoulli(kept)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-probability of each cell, shape (..., cells)."""
+        counts = self._counts().log_prob_per_gene(value)
+        observed = functional.logsigmoid(-self.dropout_logits) + counts
+        dropped = functional.logsigmoid(self.dropout_logits)
+        zero = torch.logaddexp(dropped.expand(observed.shape), observed)
+        return torch.where(value == 0, zero, observed).sum(-1)
+
+
+class GeneNormal(_GeneDistribution):
+    """Normal values of a cell, for log-normalised input.
+
+    Parameters
+    ----------
+    loc
+        Mean, shape (..., cells, genes).
+    scale
+        Standard deviation, shape (genes,).
+    """
+
+    support = constraints.independent(constraints.real, 1)
+
+    def __init__(self, loc: Tensor, scale: Tensor, *, validate_args: bool | None = None) -> None:
+        self.scale = scale
+        super().__init__(loc, validate_args=validate_args)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance, shape (..., cells, genes)."""
+        return (self.scale**2).expand(self.loc.shape)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Return values, shape sample_shape + (..., cells, genes)."""
+        with torch.no_grad():
+            shape = self._extended_shape(sample_shape)
+            noise = torch.randn(shape, device=self.loc.device, dtype=self.loc.dtype)
+            return self.loc + self.scale * noise
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log-density of each cell, shape (..., cells)."""
+        standard = (value - self.loc) / self.scale
+        constant = self.scale.log().sum() + 0.5 * math.log(2 * math.pi) * self.loc.shape[-1]
+        return -0.5 * (standard**2).sum(-1) - constant
+
+
+def _log_binomial(value: Tensor, theta: Tensor) -> Tensor:
+    """Return sum over genes of lgamma(x+θ) - lgamma(θ) - lgamma(x+1), shape of a cell batch."""
+    if value.dim() != 2:
+        terms = torch.lgamma(value + theta) - torch.lgamma(theta) - torch.lgamma(value + 1)
+        return terms.sum(-1)
+    rows, genes = value.nonzero(as_tuple=True)
+    counts, inverse_dispersion = value[rows, genes], theta[genes]
+    terms = (
+        torch.lgamma(counts + inverse_dispersion)
+        - torch.lgamma(inverse_dispersion)
+        - torch.lgamma(counts + 1)
+    )
+    return torch.zeros(value.shape[0], dtype=terms.dtype, device=terms.device).index_add(
+        0, rows, terms
+    )
+
+
+class AbstractLikelihood(nn.Module):
+    """What every likelihood offers: a rate from logits, and a distribution from rate and library."""
+
+    def rate(self, logits: Tensor, *, has_rest: bool) -> Tensor:
+        """Return the expected fraction of the library per kept gene.
+
+        Parameters
+        ----------
+        logits
+            Shape (..., cells, genes), or genes + 1 with the "rest" category last.
+        has_rest
+            Whether the last category stands for genes that were not kept; it is dropped, so that
+            rows sum to the kept genes' share.
+        """
+        fractions = torch.softmax(logits, -1)
+        return fractions[..., :-1] if has_rest else fractions
+
+    def log2_expression(self, rate: Tensor) -> Tensor:
+        """Return the scale of effects, log2(1 + 1e4 rate)."""
+        return torch.log2(1 + _PER_TEN_THOUSAND * rate)
+
+    def initial_logits(self, statistics: Statistics) -> Tensor:
+        """Return the decoder's first bias, shape (genes,): the log mean fraction."""
+        return statistics.fraction.clamp(min=1e-7).log()
+
+
+class _WithDispersion(AbstractLikelihood):
+    def __init__(self, statistics: Statistics) -> None:
+        super().__init__()
+        self.log_inverse_dispersion = nn.Parameter(statistics.inverse_dispersion.log())
+
+    @property
+    def inverse_dispersion(self) -> Tensor:
+        """Inverse dispersion per gene, shape (genes,)."""
+        return self.log_inverse_dispersion.clamp(*_LOG_DISPERSION_RANGE).exp()
+
+
+class NegativeBinomialLikelihood(_WithDispersion):
+    """Counts with NB noise around library * rate (the default)."""
+
+    def forward(self, rate: Tensor, library: Tensor) -> GeneNegativeBinomial:
+        """Return the distribution of counts, batch shape (..., cells), event shape (genes,)."""
+        return GeneNegativeBinomial(library.unsqueeze(-1) * rate, self.inverse_dispersion)
+
+
+class PoissonLikelihood(AbstractLikelihood):
+    """Counts with Poisson noise around library * rate."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        super().__init__()
+
+    def forward(self, rate: Tensor, library: Tensor) -> GenePoisson:
+        """Return the distribution of counts, batch shape (..., cells), event shape (genes,)."""
+        return GenePoisson(library.unsqueeze(-1) * rate)
+
+
+class ZeroInflatedLikelihood(_WithDispersion):
+    """Counts with NB noise around library * rate, and dropout with a probability per gene."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        super().__init__(statistics)
+        self.dropout_logits = nn.Parameter(torch.full_like(statistics.fraction, -3.0))
+
+    def forward(self, rate: Tensor, library: Tensor) -> GeneZeroInflatedNegativeBinomial:
+        """Return the distribution of counts, batch shape (..., cells), event shape (genes,)."""
+        return GeneZeroInflatedNegativeBinomial(
+            library.unsqueeze(-1) * rate, self.inverse_dispersion, self.dropout_logits
+        )
+
+
+class NormalLikelihood(AbstractLikelihood):
+    """Log-normalised values with Normal noise around the decoder's output; the library is unused."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(statistics.log_sd.clamp(min=1e-3).log())
+
+    def rate(self, logits: Tensor, *, has_rest: bool) -> Tensor:
+        """Return the expected value of the kept genes, in the units of the input."""
+        return logits[..., :-1] if has_rest else logits
+
+    def log2_expression(self, rate: Tensor) -> Tensor:
+        """Return the scale of effects: values are natural logs, so divide by log 2."""
+        return rate / math.log(2)
+
+    def initial_logits(self, statistics: Statistics) -> Tensor:
+        """Return the decoder's first bias, shape (genes,): the mean value."""
+        return statistics.fraction
+
+    def forward(self, rate: Tensor, library: Tensor) -> GeneNormal:
+        """Return the distribution of values, batch shape (..., cells), event shape (genes,)."""
+        return GeneNormal(rate, self.log_scale.exp())
+
+
+def make_likelihood(
+    name: Literal["nb", "poisson", "zinb", "normal"], statistics: Statistics
+) -> AbstractLikelihood:
+    """Return the likelihood called `name`, with parameters initialised from `statistics`."""
+    kinds: dict[str, type[AbstractLikelihood]] = {
+        "nb": NegativeBinomialLikelihood,
+        "poisson": PoissonLikelihood,
+        "zinb": ZeroInflatedLikelihood,
+        "normal": NormalLikelihood,
+    }
+    return kinds[name](statistics)  # type: ignore[call-arg]

@@ -1,0 +1,171 @@
+"""Residual MLPs and Gaussian conditionals: modules whose ``forward`` returns a distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pyro import distributions as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cradle_pyro.config import NetworkConfig
+
+__all__ = ["CellEncoder", "Decoder", "GaussianHead", "MeanFieldNormal", "ResidualMLP"]
+
+_SMALLEST_SCALE = 1e-4
+
+
+class ResidualBlock(nn.Module):
+    """One hidden layer with a skip connection: ``h + leaky_relu(linear(layer_norm(h)))``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the hidden state, same shape."""
+        return hidden + functional.leaky_relu(self.linear(self.norm(hidden)))
+
+
+class ResidualMLP(nn.Module):
+    """A residual MLP without output layer.
+
+    Parameters
+    ----------
+    n_inputs
+        Sizes of the inputs; each has its own linear map, and the maps are added, so that an
+        input without particles is mapped once for all particles.
+    config
+        Width and number of hidden layers. With no layers, the sum of the linear maps is returned.
+    """
+
+    def __init__(self, n_inputs: Sequence[int], config: NetworkConfig) -> None:
+        super().__init__()
+        total = max(sum(n_inputs), 1)
+        self.inputs = nn.ModuleList(nn.Linear(size, config.hidden, bias=False) for size in n_inputs)
+        for linear in self.inputs:
+            nn.init.normal_(linear.weight, std=total**-0.5)
+        self.bias = nn.Parameter(torch.zeros(config.hidden))
+        self.blocks = nn.ModuleList(
+            ResidualBlock(config.hidden) for _ in range(max(config.layers - 1, 0))
+        )
+        self.linear = config.layers == 0
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the last hidden layer, shape (..., hidden)."""
+        first, *others = (layer(value) for layer, value in zip(self.inputs, inputs, strict=True))
+        hidden = first + self.bias
+        for other in others:
+            hidden = hidden + other
+        if self.linear:
+            return hidden
+        hidden = functional.leaky_relu(hidden)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+
+class GaussianHead(nn.Module):
+    """Maps a hidden layer to a diagonal Normal; starts at mean zero and scale `initial_scale`."""
+
+    def __init__(self, n_hidden: int, n_outputs: int, *, initial_scale: float = 1.0) -> None:
+        super().__init__()
+        self.loc = nn.Linear(n_hidden, n_outputs)
+        self.raw_scale = nn.Linear(n_hidden, n_outputs)
+        nn.init.normal_(self.loc.weight, std=0.1 * n_hidden**-0.5)
+        nn.init.normal_(self.raw_scale.weight, std=0.1 * n_hidden**-0.5)
+        nn.init.zeros_(self.loc.bias)
+        nn.init.constant_(self.raw_scale.bias, inverse_softplus(initial_scale))
+
+    def forward(self, hidden: Tensor) -> dist.Normal:
+        """Return the Normal, batch shape (..., outputs)."""
+        scale = functional.softplus(self.raw_scale(hidden)) + _SMALLEST_SCALE
+        return dist.Normal(self.loc(hidden), scale)
+
+
+class CellEncoder(nn.Module):
+    """q(latent | counts, context): a Normal with diagonal covariance for every cell.
+
+    Parameters
+    ----------
+    n_genes
+        Size of the (standardised) expression input, which has no particle dimension.
+    n_context
+        Sizes of the other inputs, in call order; may have a particle dimension.
+    n_latents
+        Size of the latent.
+    config
+        Hidden layers.
+    """
+
+    def __init__(
+        self, n_genes: int, n_context: Sequence[int], n_latents: int, config: NetworkConfig
+    ) -> None:
+        super().__init__()
+        self.network = ResidualMLP([n_genes, *n_context], config)
+        self.head = GaussianHead(config.hidden, n_latents)
+
+    def forward(self, expression: Tensor, *context: Tensor) -> dist.Normal:
+        """Return the Normal, batch shape (..., cells, latents)."""
+        return self.head(self.network(expression, *context))
+
+
+class MeanFieldNormal(nn.Module):
+    """A free Normal for a global latent of the given shape."""
+
+    def __init__(self, *shape: int, initial_scale: float = 0.1) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(shape))
+        self.raw_scale = nn.Parameter(torch.full(shape, inverse_softplus(initial_scale)))
+
+    def forward(self) -> dist.Normal:
+        """Return the Normal, batch shape as constructed."""
+        return dist.Normal(self.loc, functional.softplus(self.raw_scale) + _SMALLEST_SCALE)
+
+
+class Decoder(nn.Module):
+    """Logits of the genes from the latent states: a residual MLP plus a linear path.
+
+    Parameters
+    ----------
+    n_states
+        Sizes of the inputs (basal state and shifts, covariates).
+    n_outputs
+        Number of categories (genes, and the rest where there is one).
+    config
+        Hidden layers; none means that only the linear path is left.
+    linear_path
+        Adds a linear map of the inputs to the logits, which extrapolates to unseen pairs.
+    """
+
+    def __init__(
+        self, n_states: Sequence[int], n_outputs: int, config: NetworkConfig, *, linear_path: bool
+    ) -> None:
+        super().__init__()
+        self.network = ResidualMLP(n_states, config) if config.layers else None
+        self.output = nn.Linear(config.hidden, n_outputs, bias=False) if config.layers else None
+        self.linear = nn.ModuleList(
+            nn.Linear(size, n_outputs, bias=False)
+            for size in (n_states if linear_path or not config.layers else ())
+        )
+        self.bias = nn.Parameter(torch.zeros(n_outputs))
+        if self.output is not None:
+            nn.init.normal_(self.output.weight, std=0.1 * config.hidden**-0.5)
+        for linear in self.linear:
+            nn.init.normal_(linear.weight, std=0.1)
+
+    def forward(self, *states: Tensor) -> Tensor:
+        """Return logits, shape (..., outputs)."""
+        logits = self.bias
+        if self.network is not None and self.output is not None:
+            logits = logits + self.output(self.network(*states))
+        for linear, state in zip(self.linear, states, strict=False):
+            logits = logits + linear(state)
+        return logits
+
+
+def inverse_softplus(value: float) -> float:
+    """Return x with softplus(x) = value."""
+    return float(torch.log(torch.expm1(torch.tensor(value, dtype=torch.float64))))
