@@ -4,8 +4,8 @@ The mechanism is deliberately not the model's own family. A cell has a type, a p
 cycle, activities of a few gene programmes and a penetrance (how much of the guide's machinery works
 in it). A knock-down lowers its target, moves programme activities that genes read through a
 saturating (Hill) response, and changes a sparse regulon; all of it scales with penetrance, type and
-cycle. Counts are gamma-Poisson. Artifacts act on the RNA molecules: lost capture, a leaking membrane,
-ambient RNA, a second cell in the droplet.
+cycle. Counts are gamma-Poisson. Artifacts act on the RNA molecules: lost capture, a leaking
+membrane, ambient RNA, a second cell in the droplet.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.stats import gamma
 
 from cradle_pyro.errors import DataError
 
@@ -38,16 +39,19 @@ _POPULATION = 2048
 _KIND_ODDS = (0.32, 0.38, 0.15, 0.15)
 _INTERACTIONS = ("synergy", "buffering", "masking")
 
-_MT = tuple(
-    f"MT-{name}"
-    for name in "CO1 CO3 ND4 CYB ND1 ATP6 CO2 ND2 ND3 ND5 ND4L ATP8 ND6".split()
+_MT = (
+    *("MT-CO1", "MT-CO3", "MT-ND4", "MT-CYB", "MT-ND1", "MT-ATP6", "MT-CO2"),
+    *("MT-ND2", "MT-ND3", "MT-ND5", "MT-ND4L", "MT-ATP8", "MT-ND6"),
 )
 _HB = ("HBA1", "HBB", "HBA2", "HBG1", "HBG2", "HBE1")
 _TARGETS = (
-    "KLF1 CEBPA GATA1 SPI1 RUNX1 MYC TP53 CEBPE IRF1 JUN FOS STAT1 STAT3 ETS1 FOXA1 FOXO4 EGR1 "
-    "TAL1 LYL1 IKZF1 IKZF3 MAPK1 PTPN12 TGFBR2 CBL UBASH3B ZBTB10 HOXA13 KMT2A DUSP9 SNAI1 OSR2 "
-    "PRDM1 TBX3 MAP2K6 BAK1 CDKN1A CNN1 SET TMSB4X COL2A1 RHOXF2 SGK1 LHX1 PRTG ISL2 HK2 NCL POU3F2"
-).split()
+    *("KLF1", "CEBPA", "GATA1", "SPI1", "RUNX1", "MYC", "TP53", "CEBPE", "IRF1"),
+    *("JUN", "FOS", "STAT1", "STAT3", "ETS1", "FOXA1", "FOXO4", "EGR1", "TAL1"),
+    *("LYL1", "IKZF1", "IKZF3", "MAPK1", "PTPN12", "TGFBR2", "CBL", "UBASH3B", "ZBTB10"),
+    *("HOXA13", "KMT2A", "DUSP9", "SNAI1", "OSR2", "PRDM1", "TBX3", "MAP2K6", "BAK1"),
+    *("CDKN1A", "CNN1", "SET", "TMSB4X", "COL2A1", "RHOXF2", "SGK1", "LHX1", "PRTG"),
+    *("ISL2", "HK2", "NCL", "POU3F2"),
+)
 
 
 class _Pair(NamedTuple):
@@ -166,8 +170,8 @@ def simulate_perturbseq(
         of `ARTIFACT_KINDS`), ``true_artifact_degree`` in [0, 1], ``true_penetrance``,
         ``true_phase`` (radians), ``true_library`` (UMIs).
         ``var``: ``mt``, ``ribo``, ``hb``, ``target``, ``true_dispersion``.
-        ``uns["cradle_truth"]``: ``ate`` (labels × genes, see Notes), ``ate_labels``, ``mask``
-        (perturbations × genes: genes acted on before renormalisation), ``mask_labels``,
+        ``uns["cradle_truth"]``: ``ate`` (labels x genes, see Notes), ``ate_labels``, ``mask``
+        (perturbations x genes: genes acted on before renormalisation), ``mask_labels``,
         ``strength``, ``knock_down``, ``interactions`` (``pair`` and ``kind``, one of additive,
         synergy, buffering, masking), ``artifact_probability`` per label of
         ``artifact_probability_labels``, ``settings``.
@@ -182,7 +186,7 @@ def simulate_perturbseq(
     -----
     ``ate[t, g]`` is the mean over a population of cells (up to 2,048 cells of the screen, each put
     under every label in silico; labels are assigned independently of what a cell is) of
-    log2(1 + 1e4 · rate under t) − log2(1 + 1e4 · rate under control).
+    log2(1 + 1e4 · rate under t) - log2(1 + 1e4 · rate under control).
 
     Artifacts. low_capture keeps a random share of all molecules. leaking loses cytoplasmic RNA
     (mitochondria and nucleus hold theirs). Both also show some ambient RNA. ambient: much soup
@@ -237,7 +241,8 @@ def _check(settings: dict[str, float]) -> None:
         )
     if not 0 <= n_pairs <= most:
         raise DataError(
-            f"n_pairs must be between 0 and {most} for n_perturbations={n_targets}, found {n_pairs}."
+            f"{n_targets} perturbations make 0 to {most} pairs, found n_pairs={n_pairs}. "
+            "Lower n_pairs or raise n_perturbations."
         )
     n_labels = 1 + n_targets + n_pairs
     if n_cells < 4 * n_labels:
@@ -249,7 +254,8 @@ def _check(settings: dict[str, float]) -> None:
         low, high = (0.0, 1.0) if name != "control_share" else (0.01, 0.9)
         if not low <= settings[name] <= high or (name == "artifact_share" and settings[name] == 1):
             raise DataError(f"{name} must lie in [{low}, {high}], found {settings[name]}.")
-    for name, low in (("effect_size", 0), ("batch_effect", 0), ("n_batches", 1), ("median_library", 500)):
+    least = {"effect_size": 0, "batch_effect": 0, "n_batches": 1, "median_library": 500}
+    for name, low in least.items():
         if not (settings[name] >= low and np.isfinite(settings[name])):
             raise DataError(f"{name} must be at least {low} and finite, found {settings[name]}.")
 
@@ -288,7 +294,7 @@ def _make_world(rng: np.random.Generator, settings: dict[str, float]) -> _World:
     target = np.arange(first_target, first_target + n_targets)
     special = is_mt | is_ribo | is_hb
 
-    base = rng.normal(0.0, 1.1, size=n_genes)
+    base = rng.normal(0.0, 1.0, size=n_genes)
     base[target] = rng.normal(0.5, 0.5, size=n_targets)  # a knock-down has to be visible
     mass = np.exp(base)
     for group, share in ((is_mt, 0.07), (is_ribo, 0.18), (is_hb, 0.006)):
@@ -297,10 +303,9 @@ def _make_world(rng: np.random.Generator, settings: dict[str, float]) -> _World:
 
     n_programmes = 8
     phase = rng.uniform(0, 2 * np.pi, size=n_genes)
-    size = np.abs(_sparse_normal(rng, (1, n_genes), 0.12, 0.6))[0] * plain
-    programme = np.abs(_sparse_normal(rng, (n_programmes, n_genes), 0.03, 1.0)) * plain
-    strength = rng.gamma(4.0, 0.25, size=n_targets).astype(np.float32)
-    strength[rng.permutation(n_targets)[: round(0.15 * n_targets)]] = 0.0
+    size = np.abs(_sparse_normal(rng, (1, n_genes), 0.12, 0.5))[0] * plain
+    programme = np.abs(_sparse_normal(rng, (n_programmes, n_genes), 0.025, 0.8)) * plain
+    strength = _strengths(rng, n_targets)
     response = _make_response(rng, settings, strength, plain, target, n_programmes)
     pairs = _make_pairs(rng, settings, strength)
     drive, hit, neomorphic = _make_labels(rng, settings, pairs, plain)
@@ -314,7 +319,7 @@ def _make_world(rng: np.random.Generator, settings: dict[str, float]) -> _World:
         target=target,
         pairs=pairs,
         base=np.log(mass).astype(np.float32),
-        type_shift=_sparse_normal(rng, (_N_TYPES, n_genes), 0.15, 0.8) * plain,
+        type_shift=_sparse_normal(rng, (_N_TYPES, n_genes), 0.15, 0.7) * plain,
         batch_shift=rng.normal(
             0, settings["batch_effect"], size=(int(settings["n_batches"]), n_genes)
         ).astype(np.float32),
@@ -331,6 +336,17 @@ def _make_world(rng: np.random.Generator, settings: dict[str, float]) -> _World:
     )
 
 
+def _strengths(rng: np.random.Generator, n_targets: int) -> Floats:
+    """Return how strong each perturbation is: 15 % do nothing, the others are gamma with mean 1.
+
+    Evenly spaced quantiles in random order, so that screens of different seeds are equally hard.
+    """
+    n_idle = round(0.15 * n_targets)
+    n_active = n_targets - n_idle
+    active = gamma.ppf((np.arange(n_active) + 0.5) / n_active, 4.0, scale=0.25)
+    return rng.permutation(np.concatenate([np.zeros(n_idle), active])).astype(np.float32)
+
+
 def _make_response(
     rng: np.random.Generator,
     settings: dict[str, float],
@@ -345,7 +361,12 @@ def _make_response(
     regulon = _sparse_normal(rng, (n_targets, n_genes), settings["effect_density"], effect_size)
     regulon *= plain * strength[:, None]
     regulon[np.arange(n_targets), target] = 0.0  # the knock-down itself is separate
-    push = _sparse_normal(rng, (n_targets, n_programmes), 1.2 / n_programmes, 3.0 * effect_size)
+    push = np.zeros((n_targets, n_programmes), dtype=np.float32)
+    moved = rng.permutation(np.arange(n_targets) % n_programmes)
+    sign = rng.choice([-1.0, 1.0], size=n_targets)
+    push[np.arange(n_targets), moved] = (
+        2.5 * effect_size * sign * rng.lognormal(-0.1, 0.4, n_targets)
+    )
     return {
         "regulon": regulon,
         "push": push * strength[:, None],
@@ -441,7 +462,7 @@ def _rates(world: _World, cells: _Cells, label: Codes) -> Floats:
     activity = cells.activity + strength @ world.push
     log_rate = world.base + world.type_shift[cells.kind] + world.batch_shift[cells.batch]
     log_rate += np.stack([np.cos(cells.phase), np.sin(cells.phase)], axis=1) @ world.cycle
-    log_rate += (3.0 / (1.0 + np.exp(-1.5 * activity))) @ world.programme
+    log_rate += (4.0 / (1.0 + np.exp(-activity)) - 2.0) @ world.programme
     log_rate += 3.0 * np.tanh(direct / 3.0)  # transcription cannot rise or fall without bound
     log_rate += cells.mt_shift[:, None] * world.is_mt + cells.ribo_shift[:, None] * world.is_ribo
     lost = world.hit[label] * cells.penetrance[:, None] * world.knock_down
@@ -487,7 +508,7 @@ def _draw_artifacts(
     # Dying cells leak: half of what strong perturbations add in low capture is leakage instead.
     strong = (world.hit @ world.strength)[label] > 1.0
     kind = np.where(strong & (kind == 1) & (rng.random(n_cells) < 0.5), 2, kind)
-    degree = np.where(has, rng.beta(4.0, 2.0, size=n_cells), 0.0)
+    degree = np.where(has, rng.beta(5.0, 2.0, size=n_cells), 0.0)
     return np.where(has, kind, 0), degree.astype(np.float32)
 
 
@@ -516,7 +537,7 @@ def _draw_counts(
     median = float(np.median(cells.library))
 
     low, leak, ambient, double = (np.flatnonzero(kind == code) for code in range(1, 5))
-    molecules[low] *= 1 - 0.93 * much[low, None]
+    molecules[low] *= 1 - 0.95 * much[low, None]
     held = np.where(world.is_mt, 1.0, world.nuclear)
     molecules[leak] *= held + (1 - held) * (1 - much[leak, None])
     molecules[ambient] *= 1 - 0.7 * much[ambient, None]
