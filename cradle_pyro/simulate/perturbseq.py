@@ -76,6 +76,7 @@ class _World:
     cycle: Floats  # (2, G) cosine and sine loadings
     programme: Floats  # (P, G) loadings
     type_activity: Floats  # (K, P)
+    access: Floats  # (K, G) how open a gene is to regulons in a type
     regulon: Floats  # (T, G) log-fold change at full strength
     neomorphic: Floats  # (n_pairs, G) genes that only the synergistic pair reaches
     push: Floats  # (T, P) change of programme activity at full strength
@@ -120,12 +121,12 @@ def simulate_perturbseq(
     n_pairs: int = 12,
     seed: int = 0,
     artifact_share: float = 0.2,
-    effect_size: float = 0.5,
-    effect_density: float = 0.02,
+    effect_size: float = 1.4,
+    effect_density: float = 0.03,
     interacting_share: float = 1 / 3,
     confounding: float = 1.5,
     control_share: float = 0.12,
-    median_library: float = 3000.0,
+    median_library: float = 3300.0,
     n_batches: int = 2,
     batch_effect: float = 0.05,
 ) -> AnnData:
@@ -309,7 +310,7 @@ def _make_world(rng: np.random.Generator, settings: dict[str, float]) -> _World:
     response = _make_response(rng, settings, strength, plain, target, n_programmes)
     pairs = _make_pairs(rng, settings, strength)
     drive, hit, neomorphic = _make_labels(rng, settings, pairs, plain)
-    dispersion = rng.lognormal(1.2, 0.5, size=n_genes)
+    dispersion = rng.lognormal(1.7, 0.5, size=n_genes)
     dispersion[special] = 40.0
     return _World(
         genes=genes,
@@ -326,6 +327,7 @@ def _make_world(rng: np.random.Generator, settings: dict[str, float]) -> _World:
         cycle=np.stack([size * np.cos(phase), size * np.sin(phase)]).astype(np.float32),
         programme=programme,
         type_activity=rng.normal(0, 0.8, size=(_N_TYPES, n_programmes)).astype(np.float32),
+        access=np.where(rng.random((_N_TYPES, n_genes)) < 0.7, 1.0, 0.1).astype(np.float32),
         strength=strength,
         drive=drive,
         hit=hit,
@@ -371,7 +373,7 @@ def _make_response(
         "regulon": regulon,
         "push": push * strength[:, None],
         "knock_down": rng.uniform(0.85, 0.97, size=n_targets).astype(np.float32),
-        "type_response": rng.lognormal(-0.1, 0.45, size=(n_targets, _N_TYPES)).astype(np.float32),
+        "type_response": rng.lognormal(-0.15, 0.55, size=(n_targets, _N_TYPES)).astype(np.float32),
         "cycle_response": rng.uniform(0, 2 * np.pi, size=n_targets).astype(np.float32),
     }
 
@@ -407,7 +409,7 @@ def _make_labels(
     for i, pair in enumerate(pairs):
         members, row = [pair.first, pair.second], 1 + n_targets + i
         hit[row, members] = 1.0
-        factor = {"synergy": 1.5, "buffering": 0.4, "masking": 1.0, "additive": 1.0}[pair.kind]
+        factor = {"synergy": 1.4, "buffering": 0.5, "masking": 1.0, "additive": 1.0}[pair.kind]
         drive[row, members] = factor
         if pair.kind == "masking":  # the first is epistatic to the second
             drive[row, pair.second] = 0.0
@@ -430,7 +432,7 @@ def _make_cells(
     batch = rng.integers(len(world.batch_shift), size=n_cells)
     activity = world.type_activity[kind] + rng.normal(0, 0.6, size=(n_cells, len(world.programme)))
     escaped = rng.random(n_cells) < 0.1  # the guide did nothing in these
-    penetrance = np.where(escaped, rng.beta(1, 9, size=n_cells), rng.beta(8, 2, size=n_cells))
+    penetrance = np.where(escaped, rng.beta(1, 9, size=n_cells), rng.beta(6, 2, size=n_cells))
     # Cells spend most of their time in one phase: a von Mises around zero, not a uniform.
     phase = rng.vonmises(0.0, 0.7, size=n_cells)
     depth = 1.0 - 0.1 * (batch % 2) + 0.1 * np.cos(phase)
@@ -450,7 +452,7 @@ def _make_cells(
 def _rates(world: _World, cells: _Cells, label: Codes) -> Floats:
     """Return each cell's expected fractions under its label, without an artifact."""
     n_targets = len(world.target)
-    cycle = 1.0 + 0.4 * np.cos(cells.phase[:, None] - world.cycle_response)
+    cycle = 1.0 + 0.6 * np.cos(cells.phase[:, None] - world.cycle_response)
     susceptible = cells.penetrance[:, None] * world.type_response.T[cells.kind] * cycle
     strength = world.drive[label] * susceptible
 
@@ -459,6 +461,7 @@ def _rates(world: _World, cells: _Cells, label: Codes) -> Floats:
     if is_pair.any():
         own = world.neomorphic[label[is_pair] - n_targets - 1]
         direct[is_pair] += cells.penetrance[is_pair, None] * own
+    direct *= world.access[cells.kind]
     activity = cells.activity + strength @ world.push
     log_rate = world.base + world.type_shift[cells.kind] + world.batch_shift[cells.batch]
     log_rate += np.stack([np.cos(cells.phase), np.sin(cells.phase)], axis=1) @ world.cycle
