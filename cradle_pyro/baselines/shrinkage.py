@@ -89,9 +89,7 @@ def shrink(
     scale = np.broadcast_to(np.asarray(scale, dtype=np.float64), effects.shape)
     sds = np.asarray(default_slab_sds(effects, errors, scale) if slab_sds is None else slab_sds)
     log_density = _log_densities(effects, errors, scale, sds)
-    weights = fit_weights(
-        log_density, pseudo_entries=pseudo_entries, n_iterations=n_iterations
-    )
+    weights = fit_weights(log_density, pseudo_entries=pseudo_entries, n_iterations=n_iterations)
     return posterior_moments(effects, errors, sds, weights, scale=scale)
 
 
@@ -159,7 +157,15 @@ def posterior_moments(
     *,
     scale: np.ndarray | float = 1.0,
 ) -> Shrunken:
-    """Return the posterior under a given prior; `weights` as (components,) or (labels, components)."""
+    """Return the posterior under a given prior.
+
+    Parameters
+    ----------
+    effects, standard_errors, slab_sds, scale
+        As in `shrink`.
+    weights
+        Prior weights, spike first, shape (components,) or (labels, components).
+    """
     errors = np.broadcast_to(np.asarray(standard_errors, dtype=np.float64), effects.shape)
     scale = np.broadcast_to(np.asarray(scale, dtype=np.float64), effects.shape)
     weights = np.broadcast_to(weights, (effects.shape[0], len(slab_sds) + 1))

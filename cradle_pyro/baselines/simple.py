@@ -1,4 +1,4 @@
-"""Baselines without a network: no change, means of training cells, their shrinkage, sums of singles."""
+"""Baselines without a network: no change, means of training cells, their shrinkage, sums."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from cradle_pyro.baselines.shrinkage import Shrunken, shrink
 from cradle_pyro.data.groups import (
     SCALE,
     Functional,
-    GroupMoments,
     Grouping,
+    GroupMoments,
     cell_groups,
     group_moments,
 )
@@ -315,9 +315,7 @@ def _raw_effects(
     value = moments.value(functional)
     against = value[moments.row(control)]
     return {
-        label: value[row] - against
-        for row, label in enumerate(moments.labels)
-        if label != control
+        label: value[row] - against for row, label in enumerate(moments.labels) if label != control
     }
 
 

@@ -228,9 +228,7 @@ def _check_groups(groups: Mapping[str, np.ndarray], n_cells: int) -> None:
             f"every group needs at least one cell; found none for {shown(empty) or 'any label'}. "
             "Leave such labels out of the groups."
         )
-    outside = [
-        label for label, rows in groups.items() if rows.min() < 0 or rows.max() >= n_cells
-    ]
+    outside = [label for label, rows in groups.items() if rows.min() < 0 or rows.max() >= n_cells]
     if outside:
         raise DataError(
             f"row positions must lie in 0..{n_cells - 1}; groups {shown(outside)} go beyond. "
@@ -242,9 +240,7 @@ def _membership(groups: Mapping[str, np.ndarray], n_cells: int) -> sparse.csc_ar
     sizes = [len(rows) for rows in groups.values()]
     index = np.repeat(np.arange(len(sizes)), sizes)
     cells = np.concatenate(list(groups.values()))
-    return sparse.csc_array(
-        (np.ones(len(cells)), (index, cells)), shape=(len(sizes), n_cells)
-    )
+    return sparse.csc_array((np.ones(len(cells)), (index, cells)), shape=(len(sizes), n_cells))
 
 
 def _terms(

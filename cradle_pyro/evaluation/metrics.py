@@ -52,9 +52,7 @@ def ate_correlation(predicted: np.ndarray, reference: np.ndarray) -> float:
     return float(_pearson_rows(predicted.reshape(1, -1), reference.reshape(1, -1))[0])
 
 
-def ate_correlation_per_perturbation(
-    predicted: np.ndarray, reference: np.ndarray
-) -> np.ndarray:
+def ate_correlation_per_perturbation(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Return the Pearson correlation over genes of each label, shape (labels,).
 
     A label whose predicted or reference effects do not vary has no correlation: it is nan here,

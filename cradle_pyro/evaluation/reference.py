@@ -146,9 +146,7 @@ def split_half_ceiling(
     scores = []
     for _ in range(n_repeats):
         first, second = _halve({**halved, _CONTROL: np.asarray(control_rows)}, rng)
-        moments = group_moments(
-            counts, library, {**first, **second}, values=values, chunk=chunk
-        )
+        moments = group_moments(counts, library, {**first, **second}, values=values, chunk=chunk)
         value = moments.value(functional).reshape(2, len(halved) + 1, -1)
         effects = value[:, :-1] - value[:, -1:]
         scores.append(score_effects(effects[0], effects[1]))
