@@ -1,0 +1,1 @@
+"""From AnnData to batches: reading, checking, encoding, splitting and matching."""
