@@ -62,7 +62,10 @@ _METRICS: Final = tuple(rule.metric for rule in _RULES.values())
 _SCORE: Final = "doublet_score"
 _LEAST_SEVERITY: Final = 0.01
 _CHUNK: Final = 8192
-_MOST_CELLS_FOR_DOUBLETS: Final = 50_000
+_MOST_CELLS_FOR_DOUBLETS: Final = 20_000
+# Beginnings of the reasons for leaving out a flag that deserve a warning.
+_CONSTANT: Final = "more than half of the cells share one value of"
+_UNSCORED: Final = "doublets could not be scored"
 
 
 @dataclass(frozen=True)
@@ -105,17 +108,17 @@ class QCCut:
 
     Parameters
     ----------
-    median, mad
-        Centre and unscaled median absolute deviation of the fitted cells, on the flag's scale
-        (log1p for counts and genes). NaN for doublets, whose cut is scrublet's.
     cut
-        Values beyond it (below for counts and genes, above for the others) raise the flag; same
-        scale.
+        Values beyond it (below for counts and genes, above for the others) raise the flag; on the
+        flag's scale (log1p for counts and genes).
+    median, mad
+        Centre and unscaled median absolute deviation of the fitted cells, same scale. None for
+        doublets, whose cut is scrublet's.
     """
 
-    median: float
-    mad: float
     cut: float
+    median: float | None = None
+    mad: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class QCThresholds:
         """
         n_mads = _positive(n_mads)
         cuts = {
-            flag: old if flag == "doublet" else _cut(flag, old.median, old.mad, n_mads)
+            flag: old if old.mad is None else _cut(flag, old.median or 0.0, old.mad, n_mads)
             for flag, old in self.cuts.items()
         }
         return dataclasses.replace(self, n_mads=n_mads, cuts=cuts)
@@ -158,7 +161,14 @@ class QCThresholds:
         return {
             "n_mads": float(self.n_mads),
             "flags": list(self.cuts),
-            "thresholds": {flag: dataclasses.asdict(cut) for flag, cut in self.cuts.items()},
+            "thresholds": {
+                flag: {
+                    name: value
+                    for name, value in dataclasses.asdict(cut).items()
+                    if value is not None
+                }
+                for flag, cut in self.cuts.items()
+            },
             "left_out": dict(self.left_out),
         }
 
@@ -224,7 +234,7 @@ def annotate_artifacts(
         Column of ``var`` with gene symbols, when ``var_names`` are other identifiers.
     doublets
         Score doublets with scrublet. ``"auto"``: where it can be done in seconds (in memory, at
-        most 50,000 cells).
+        most 20,000 cells).
     metrics
         QC columns of ``obs`` to use instead of computing, for example of the whole transcriptome:
         ``{"counts": "n_counts_full", "genes": "n_genes_full", "pct_mito": "pct_mito_full"}``.
@@ -263,7 +273,7 @@ def annotate_artifacts(
     --------
     >>> import anndata
     >>> rng = np.random.default_rng(0)
-    >>> adata = anndata.AnnData(rng.poisson(5.0, size=(50, 40)).astype(np.float32))
+    >>> adata = anndata.AnnData(rng.poisson(1.0, size=(50, 100)).astype(np.float32))
     >>> found = annotate_artifacts(adata, n_mads=4, doublets=False)
     >>> found.flags, "cradle_artifact" in adata.obs
     (('low_counts', 'low_genes'), True)
@@ -289,8 +299,9 @@ def annotate_artifacts(
     if thresholds is None:
         at_fit = {name: value[fit_rows] for name, value in values.items()}
         thresholds = fit_thresholds(at_fit, n_mads, doublet_cut=score_cut)
+        left_out = {**thresholds.left_out, **left_out}
     thresholds = _without(thresholds, left_out)
-    _warn_left_out(thresholds)
+    _warn_left_out(left_out)
     _write(adata, values, thresholds, n_fit=len(fit_rows))
     return thresholds
 
@@ -407,7 +418,7 @@ def fit_thresholds(
     for flag, rule in _RULES.items():
         if flag == "doublet":
             if doublet_cut is not None:
-                cuts[flag] = QCCut(float("nan"), float("nan"), float(doublet_cut))
+                cuts[flag] = QCCut(float(doublet_cut))
             else:
                 left_out[flag] = "doublets were not scored"
             continue
@@ -489,7 +500,7 @@ def qc_severities(metrics: Metrics, thresholds: QCThresholds) -> dict[str, NDArr
     severities = {}
     for flag, failing in qc_flags(metrics, thresholds).items():
         cut, values = thresholds.cuts[flag], _on_scale(flag, metrics)[failing]
-        if flag == "doublet":
+        if cut.mad is None or cut.median is None:
             degree = (values - cut.cut) / max(1.0 - cut.cut, 1e-6)
         else:
             degree = 1.0 - thresholds.n_mads * cut.mad / np.abs(values - cut.median)
@@ -497,9 +508,6 @@ def qc_severities(metrics: Metrics, thresholds: QCThresholds) -> dict[str, NDArr
         severity[failing] = np.clip(degree, _LEAST_SEVERITY, 1.0)
         severities[flag] = severity
     return severities
-
-
-_CONSTANT: Final = "more than half of the cells share one value of"
 
 
 def _positive(n_mads: float) -> float:
@@ -510,7 +518,7 @@ def _positive(n_mads: float) -> float:
 
 def _cut(flag: str, median: float, mad: float, n_mads: float) -> QCCut:
     sign = -1 if _RULES[flag].side == "lower" else 1
-    return QCCut(median, mad, median + sign * n_mads * mad)
+    return QCCut(median + sign * n_mads * mad, median, mad)
 
 
 def _on_scale(flag: str, metrics: Metrics) -> NDArray[np.float64]:
@@ -588,9 +596,7 @@ def _within(positions: NDArray[np.integer], n_cells: int) -> bool:
     return bool(positions.min() >= 0 and positions.max() < n_cells)
 
 
-def _given_metrics(
-    adata: AnnData, columns: Mapping[str, str]
-) -> dict[str, NDArray[np.float64]]:
+def _given_metrics(adata: AnnData, columns: Mapping[str, str]) -> dict[str, NDArray[np.float64]]:
     _check_metric_names(columns)
     missing = [column for column in columns.values() if column not in adata.obs]
     if missing:
@@ -698,9 +704,6 @@ def _wants_doublets(
     return bool(doublets)
 
 
-_UNSCORED: Final = "doublets could not be scored"
-
-
 def _score_doublets(
     matrix: Any,  # noqa: ANN401
     fit_rows: NDArray[np.intp] | None,
@@ -753,15 +756,13 @@ def _scrublet(counts: sp.csr_matrix, seed: int) -> tuple[NDArray[np.float64], fl
 
 def _without(thresholds: QCThresholds, left_out: Mapping[str, str]) -> QCThresholds:
     cuts = {flag: cut for flag, cut in thresholds.cuts.items() if flag not in left_out}
-    return dataclasses.replace(
-        thresholds, cuts=cuts, left_out={**thresholds.left_out, **left_out}
-    )
+    return dataclasses.replace(thresholds, cuts=cuts, left_out={**thresholds.left_out, **left_out})
 
 
-def _warn_left_out(thresholds: QCThresholds) -> None:
+def _warn_left_out(left_out: Mapping[str, str]) -> None:
     reasons = [
         f"{flag} ({reason})"
-        for flag, reason in thresholds.left_out.items()
+        for flag, reason in left_out.items()
         if reason.startswith((_CONSTANT, _UNSCORED))
     ]
     if reasons:

@@ -252,7 +252,9 @@ def split_column(values: ArrayLike, *, names: Mapping[str, str] | None = None) -
 
 def _checked_fractions(fractions: Sequence[float]) -> NDArray[np.float64]:
     shares = np.asarray(fractions, dtype=np.float64)
-    possible = shares.shape == (3,) and bool(np.isfinite(shares).all()) and bool((shares >= 0).all())
+    possible = (
+        shares.shape == (3,) and bool(np.isfinite(shares).all()) and bool((shares >= 0).all())
+    )
     if not possible or shares[0] <= 0 or abs(shares.sum() - 1) > 1e-6:
         raise DataError(
             "fractions are the shares of train, val and test: three numbers >= 0 with sum one and "
@@ -271,9 +273,7 @@ def _interleaved(
     exact = shares * n_cells
     sizes = np.floor(exact).astype(int)
     sizes[np.argsort(sizes - exact, kind="stable")[: n_cells - sizes.sum()]] += 1
-    keys = np.concatenate(
-        [(np.arange(size) + rng.random()) / max(size, 1) for size in sizes]
-    )
+    keys = np.concatenate([(np.arange(size) + rng.random()) / max(size, 1) for size in sizes])
     return np.repeat(np.array(SPLITS), sizes)[np.argsort(keys, kind="stable")]
 
 
@@ -318,9 +318,7 @@ def _parsed(
 
 def _n_held_out(share: float, n_labels: int) -> int:
     if not 0 < share < 1:
-        raise DataError(
-            f"held_out is a share between 0 and 1, or a list of labels; found {share}."
-        )
+        raise DataError(f"held_out is a share between 0 and 1, or a list of labels; found {share}.")
     return max(1, round(share * n_labels))
 
 
