@@ -178,7 +178,7 @@ class LinearGaussianCradle:
 
     def gate(self, a: np.ndarray) -> np.ndarray:
         """Return g, one where a cell carries any artifact; shape (cells,)."""
-        return (np.asarray(a) > 0).any(axis=-1).astype(np.float64)
+        return np.asarray((np.asarray(a) > 0).any(axis=-1), dtype=np.float64)
 
     def perturbation_shift(self, d: np.ndarray) -> np.ndarray:
         """Return p = d E; shape (cells, latents)."""
