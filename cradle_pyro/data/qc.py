@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
+from cradle_pyro.data.fields import Counts, iter_count_rows, read_counts
 from cradle_pyro.errors import DataError, DataWarning, near, shown
 
 if TYPE_CHECKING:
@@ -61,7 +62,6 @@ FLAGS: Final = tuple(_RULES)
 _METRICS: Final = tuple(rule.metric for rule in _RULES.values())
 _SCORE: Final = "doublet_score"
 _LEAST_SEVERITY: Final = 0.01
-_CHUNK: Final = 8192
 _MOST_CELLS_FOR_DOUBLETS: Final = 20_000
 # Beginnings of the reasons for leaving out a flag that deserve a warning.
 _CONSTANT: Final = "more than half of the cells share one value of"
@@ -284,14 +284,14 @@ def annotate_artifacts(
     n_mads = _positive(n_mads if thresholds is None else thresholds.n_mads)
     fit_rows = _fit_rows(adata, fit_on)
     given = _given_metrics(adata, metrics or {})
-    matrix = _matrix(adata, layer)
+    counts = read_counts(adata, layer)
     genes = _gene_names(adata, gene_symbols)
 
-    values = {**_all_metrics(matrix, genes, prefixes, given.get("counts")), **given}
+    values = {**_all_metrics(counts, genes, prefixes, given.get("counts")), **given}
     score_cut = _given_score_cut(adata, given) if thresholds is None else None
     left_out: dict[str, str] = {}
     if _SCORE not in values and _wants_doublets(adata, doublets, thresholds, left_out):
-        found = _score_doublets(matrix, None if fit_on is None else fit_rows, seed)
+        found = _score_doublets(counts, None if fit_on is None else fit_rows, seed)
         if isinstance(found, str):
             left_out["doublet"] = found
         else:
@@ -632,19 +632,6 @@ def _given_score_cut(adata: AnnData, given: Metrics) -> float | None:
     return float(cut)
 
 
-def _matrix(adata: AnnData, layer: str | None) -> Any:  # noqa: ANN401 - any row-sliceable container
-    if layer is None:
-        if adata.X is None:
-            raise DataError("QC needs raw counts, found no X. Name a layer with raw counts.")
-        return adata.X
-    if layer not in adata.layers:
-        raise DataError(
-            f"QC needs raw counts, found no layer {layer!r}{near(layer, list(adata.layers))}. "
-            f"Layers: {shown(adata.layers) or 'none'}."
-        )
-    return adata.layers[layer]
-
-
 def _gene_names(adata: AnnData, gene_symbols: str | None) -> NDArray[np.object_]:
     if gene_symbols is None:
         return adata.var_names.to_numpy(dtype=object)
@@ -656,14 +643,8 @@ def _gene_names(adata: AnnData, gene_symbols: str | None) -> NDArray[np.object_]
     return adata.var[gene_symbols].astype(str).to_numpy(dtype=object)
 
 
-def _chunks(matrix: Any) -> Iterator[tuple[slice, sp.csr_matrix]]:  # noqa: ANN401
-    for start in range(0, matrix.shape[0], _CHUNK):
-        rows = slice(start, min(start + _CHUNK, matrix.shape[0]))
-        yield rows, sp.csr_matrix(matrix[rows])
-
-
 def _all_metrics(
-    matrix: Any,  # noqa: ANN401
+    counts: Counts,
     genes: NDArray[np.object_],
     prefixes: QCPrefixes,
     library: NDArray[np.float64] | None,
@@ -673,7 +654,7 @@ def _all_metrics(
         qc_metrics(
             chunk, genes, prefixes=prefixes, library=None if library is None else library[rows]
         )
-        for rows, chunk in _chunks(matrix)
+        for rows, chunk in iter_count_rows(counts)
     ]
     if not parts:
         raise DataError("QC needs at least one cell, found none.")
@@ -705,12 +686,10 @@ def _wants_doublets(
 
 
 def _score_doublets(
-    matrix: Any,  # noqa: ANN401
-    fit_rows: NDArray[np.intp] | None,
-    seed: int,
+    stored: Counts, fit_rows: NDArray[np.intp] | None, seed: int
 ) -> tuple[NDArray[np.float64], float] | str:
     """Return scores of all cells and scrublet's cut on the fitted cells, or why there are none."""
-    counts = sp.vstack([chunk for _, chunk in _chunks(matrix)], format="csr")
+    counts = sp.vstack([chunk for _, chunk in iter_count_rows(stored)], format="csr")
     found = _scrublet(counts if fit_rows is None else counts[fit_rows], seed)
     if isinstance(found, str) or fit_rows is None or len(fit_rows) == counts.shape[0]:
         return found
@@ -722,7 +701,7 @@ def _score_doublets(
     return scores, found[1]
 
 
-def _scrublet(counts: sp.csr_matrix, seed: int) -> tuple[NDArray[np.float64], float] | str:
+def _scrublet(counts: sp.csr_array, seed: int) -> tuple[NDArray[np.float64], float] | str:
     import scanpy as sc
     from anndata import AnnData
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from cradle_pyro.data.encode import control_names, split_label
 from cradle_pyro.errors import DataError, near, shown
 
 __all__ = [
@@ -194,7 +195,7 @@ def split_perturbations(
     if not known:
         raise DataError(
             "Held-out perturbations need perturbed cells, found controls only "
-            f"({shown(_names(control))}). Check the label column and `control`."
+            f"({shown(control_names(control))}). Check the label column and `control`."
         )
     rng = np.random.default_rng(seed)
     if isinstance(held_out, float | int):
@@ -281,21 +282,6 @@ def _codes(labels: ArrayLike) -> NDArray[np.intp]:
     return np.unique(np.asarray(labels).astype(str), return_inverse=True)[1]
 
 
-def _names(control: str | Sequence[str]) -> tuple[str, ...]:
-    return (control,) if isinstance(control, str) else tuple(control)
-
-
-def _members(label: str, control: str | Sequence[str], delimiter: str) -> tuple[str, ...]:
-    """Return the sorted names of a label; a control has none."""
-    names = {name.strip() for name in label.split(delimiter)}
-    if "" in names:
-        raise DataError(
-            f"A label is one or more names joined by {delimiter!r}, found {label!r} with an empty "
-            "name. Correct the label, or give its delimiter."
-        )
-    return tuple(sorted(names - set(_names(control))))
-
-
 def _parsed(
     labels: ArrayLike, control: str | Sequence[str], delimiter: str
 ) -> tuple[NDArray[np.intp], list[tuple[str, ...]]]:
@@ -310,7 +296,7 @@ def _parsed(
             "Fill them in or drop these cells."
         )
     distinct, inverse = np.unique(column.astype(str), return_inverse=True)
-    tuples = [_members(label, control, delimiter) for label in distinct]
+    tuples = [split_label(label, delimiter, control) for label in distinct]
     members = sorted(set(tuples))
     position = {names: i for i, names in enumerate(members)}
     return np.array([position[names] for names in tuples], dtype=np.intp)[inverse], members
@@ -355,7 +341,7 @@ def _named_combinations(
     delimiter: str,
 ) -> set[tuple[str, ...]]:
     wanted = [held_out] if isinstance(held_out, str) else list(held_out)
-    parsed = {label: _members(label, control, delimiter) for label in wanted}
+    parsed = {label: split_label(label, delimiter, control) for label in wanted}
     known = set(combinations)
     unknown = [label for label, names in parsed.items() if names not in known]
     if unknown or not wanted:
@@ -376,7 +362,7 @@ def _named_perturbations(
     if unknown or not wanted:
         raise DataError(
             f"held_out names single perturbations of the data, and no control "
-            f"({shown(_names(control))}); {shown(unknown) or 'an empty list'} is none"
+            f"({shown(control_names(control))}); {shown(unknown) or 'an empty list'} is none"
             f"{near(unknown[0], known) if unknown else ''}. There are {len(known)}: {shown(known)}."
         )
     return set(wanted)
