@@ -101,7 +101,8 @@ class CellData:
         delimiter
             Joins perturbations in a label; None for "+", or the schema's.
         design_key
-            Design table instead of labels, see :func:`~cradle_pyro.data.encode.encode_perturbations`.
+            Design table instead of labels, see
+            :func:`~cradle_pyro.data.encode.encode_perturbations`.
         covariate_keys
             Categorical columns of ``obs``; with a schema, its covariates are used.
         library_key
@@ -206,7 +207,7 @@ class CellData:
     @property
     def failing(self) -> np.ndarray:
         """True for cells with any artifact, bool; shape (cells,)."""
-        return (self.artifact > 0).any(axis=1)
+        return np.asarray((self.artifact > 0).any(axis=1))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -335,7 +336,7 @@ class CellData:
         """Return integer positions >= 0 for a mask, positions or a slice."""
         if isinstance(rows, slice):
             return np.arange(*rows.indices(self.n_cells))
-        index = rows.numpy() if isinstance(rows, torch.Tensor) else np.asarray(rows)
+        index = np.asarray(rows)
         if index.dtype == bool:
             if index.shape != (self.n_cells,):
                 raise DataError(
@@ -375,7 +376,7 @@ def _controls(control: str | Sequence[str] | None, schema: Schema | None) -> tup
 
 
 def _aligned_counts(
-    adata: AnnData, layer: str | None, schema: Schema | None, missing_genes: str
+    adata: AnnData, layer: str | None, schema: Schema | None, missing_genes: Literal["error", "pad"]
 ) -> tuple[fields.Counts, tuple[str, ...]]:
     """Return counts with the schema's genes as columns, and the genes."""
     counts = fields.read_counts(adata, layer)

@@ -50,11 +50,14 @@ class Design(NamedTuple):
         Multi-hot or dosage, all-zero rows for controls; shape (cells, perturbations), float32.
     is_known
         False for cells with a perturbation the schema lacks; shape (cells,).
+    unknown
+        Perturbations of cells that the schema lacks, sorted.
     """
 
     names: tuple[str, ...]
     matrix: sp.csr_array
     is_known: np.ndarray
+    unknown: tuple[str, ...] = ()
 
 
 class Covariates(NamedTuple):
@@ -189,7 +192,8 @@ def encode_labels(
         (np.ones(len(rows), np.float32), (rows, columns)), shape=(len(unique), len(names))
     )
     label_is_known = np.array([all(n in position for n in label) for label in parts], dtype=bool)
-    return Design(tuple(names), sp.csr_array(table[codes]), label_is_known[codes])
+    unknown = sorted({name for label in parts for name in label}.difference(position))
+    return Design(tuple(names), sp.csr_array(table[codes]), label_is_known[codes], tuple(unknown))
 
 
 def design_labels(
@@ -272,36 +276,21 @@ def encode_perturbations(
     if design_key is None:
         labels = obs_column(adata, perturbation_key, "perturbation_key")
         design = encode_labels(labels, control=control, delimiter=delimiter, known=known)
-        names_found = _elementary_names(labels, control, delimiter)
     else:
         names, table = _design_table(adata, design_key)
         design = encode_design_table(
             table, names, control=control, delimiter=delimiter, known=known
         )
-        names_found = set(names).difference(control_names(control))
     if schema is None:
         _check_has_both(design, control, perturbation_key if design_key is None else design_key)
     elif unseen == "error" and not design.is_known.all():
-        _raise_unknown(
-            design.is_known, sorted(names_found.difference(schema.perturbations)), schema
+        raise DataError(
+            f"{int((~design.is_known).sum())} of {len(design.is_known)} cells carry perturbations "
+            f"absent from training: {shown(design.unknown)}"
+            f"{near(design.unknown[0], schema.perturbations)}. Add them to the training split, "
+            "drop them with data.subset(...), or set unseen='drop'."
         )
     return design
-
-
-def _elementary_names(labels: pd.Series, control: str | Sequence[str], delimiter: str) -> set[str]:
-    """Return the elementary names that occur in a column."""
-    unique = labels.astype(str).unique()
-    return {name for label in unique for name in split_label(label, delimiter, control)}
-
-
-def _raise_unknown(is_known: np.ndarray, unknown: list[str], schema: Schema) -> None:
-    """Raise for cells whose perturbations the model never saw."""
-    hint = near(unknown[0], schema.perturbations) if unknown else ""
-    raise DataError(
-        f"{int((~is_known).sum())} of {len(is_known)} cells carry perturbations absent from "
-        f"training: {shown(unknown)}{hint}. Add them to the training split, drop them with "
-        "data.subset(...), or set unseen='drop'."
-    )
 
 
 def _check_has_both(design: Design, control: str | Sequence[str], key: object) -> None:
@@ -322,14 +311,14 @@ def _check_has_both(design: Design, control: str | Sequence[str], key: object) -
 
 
 def encode_design_table(
-    table: Any,  # noqa: ANN401
+    table: Any,
     names: Sequence[str],
     *,
     control: str | Sequence[str] = "control",
     delimiter: str = "+",
     known: Sequence[str] | None = None,
 ) -> Design:
-    """Return the design held by a cells × perturbations table.
+    """Return the design held by a table of cells by perturbations.
 
     Parameters
     ----------
@@ -351,7 +340,7 @@ def encode_design_table(
     """
     names = [str(name).strip() for name in names]
     _check_design_names(names, delimiter)
-    matrix = sp.csr_array(table, dtype=np.float32)
+    matrix = sp.csr_array(table, dtype=np.float32, copy=True)
     bad = ~np.isfinite(matrix.data) | (matrix.data < 0)
     if bad.any():
         cells = np.searchsorted(matrix.indptr, np.flatnonzero(bad), side="right") - 1
@@ -376,7 +365,8 @@ def encode_design_table(
     )
     aligned = sp.csr_array(matrix @ move)
     aligned.sort_indices()
-    return Design(tuple(known), aligned, np.asarray(is_known, dtype=bool))
+    unknown = sorted(np.asarray(names, dtype=str)[foreign & carried].tolist())
+    return Design(tuple(known), aligned, np.asarray(is_known, dtype=bool), tuple(unknown))
 
 
 def _check_design_names(names: list[str], delimiter: str) -> None:
@@ -510,8 +500,8 @@ def _level_names(column: pd.Series, key: str) -> pd.Series:
     missing = column.isna()
     if missing.any():
         raise DataError(
-            f"Covariate {key!r} must be known for every cell; {int(missing.sum())} of {len(column)} "
-            "are missing (NaN). Fill or drop them."
+            f"Covariate {key!r} must be known for every cell; {int(missing.sum())} of "
+            f"{len(column)} are missing (NaN). Fill or drop them."
         )
     if pd.api.types.is_float_dtype(column.dtype):
         if (column != column.round()).any():
@@ -541,7 +531,7 @@ def encode_artifacts(
         severities of those flags, in [0, 1]; "none": no columns (with a schema that has flags:
         all cells unobserved).
     artifact_keys
-        Columns of ``obs`` to use instead, holding flags or severities.
+        Columns of ``obs`` to use instead, holding flags or severities; not used with "none".
     schema
         Names of a fitted model, whose flags and order are used.
 
@@ -556,16 +546,17 @@ def encode_artifacts(
             f"{near(str(artifact), ['each', 'any', 'severity', 'none'])}."
         )
     n_cells = adata.n_obs
-    if artifact == "none" and artifact_keys is None:
+    if artifact == "none":
         names = () if schema is None else schema.artifacts
         observed = np.full(n_cells, len(names) == 0)
         return Artifacts(names, np.zeros((n_cells, len(names)), np.float32), observed)
+    artifact_keys = (artifact_keys,) if isinstance(artifact_keys, str) else artifact_keys or None
     columns = _artifact_columns(adata, artifact, artifact_keys, schema)
     values = np.zeros((n_cells, len(columns)), dtype=np.float32)
     for j, (name, column) in enumerate(columns):
         is_flag = artifact != "severity" and artifact_keys is None
         values[:, j] = _flag_values(adata, column, name, is_flag=is_flag)
-    observed = ~np.isnan(values).any(axis=1)
+    observed = np.asarray(~np.isnan(values).any(axis=1))
     values[~observed] = 0.0
     if artifact_keys is None and schema is None and artifact != "any":
         kept = [j for j in range(len(columns)) if (values[:, j] > 0).any()]
@@ -577,8 +568,6 @@ def _artifact_columns(
     adata: AnnData, artifact: str, artifact_keys: Sequence[str] | None, schema: Schema | None
 ) -> list[tuple[str, str]]:
     """Return the name and obs column of each flag."""
-    if isinstance(artifact_keys, str):
-        artifact_keys = (artifact_keys,)
     if artifact_keys is not None:
         names = list(artifact_keys) if schema is None else list(schema.artifacts)
         return [(name, name) for name in names]

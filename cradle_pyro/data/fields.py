@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from cradle_pyro.errors import DataError, DataWarning, near, shown
@@ -77,7 +78,10 @@ def read_screen(path: str | os.PathLike[str], *, backed: bool = False) -> AnnDat
             return _open_lazily(path, is_zarr=is_zarr)
         import anndata
 
-        return anndata.read_zarr(path) if is_zarr else anndata.read_h5ad(path)
+        with warnings.catch_warnings():
+            # Duplicate names are an error later, with a clearer text.
+            warnings.filterwarnings("ignore", message=".*names are not unique")
+            return anndata.read_zarr(path) if is_zarr else anndata.read_h5ad(path)
     except DataError:
         raise
     except Exception as error:
@@ -125,7 +129,7 @@ def _open_lazily(path: Path, *, is_zarr: bool) -> AnnData:
     else:
         store = h5py.File(path, "r")
 
-    def lazy(element: Any) -> Any:  # noqa: ANN401
+    def lazy(element: Any) -> Any:
         return sparse_dataset(element) if "indptr" in _keys(element) else element
 
     rest = {
@@ -137,7 +141,7 @@ def _open_lazily(path: Path, *, is_zarr: bool) -> AnnData:
     return anndata.AnnData(X=lazy(store["X"]), layers=layers, **rest)
 
 
-def _keys(element: Any) -> list[str]:  # noqa: ANN401
+def _keys(element: Any) -> list[str]:
     """Return the members of a stored group; a stored array or nothing has none."""
     return list(element.keys()) if hasattr(element, "keys") else []
 
@@ -164,21 +168,16 @@ def write_h5ad_atomic(
     DataError
         The directory does not exist, the disk is full, or AnnData cannot write a value.
     """
-    import anndata
-    import h5py
-
     path = Path(path)
     if not path.parent.is_dir():
         raise DataError(f"The directory {str(path.parent)!r} does not exist; create it first.")
     if path.is_dir():
         raise DataError(f"{str(path)!r} is a directory; give the name of an .h5ad file.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    options = {} if compression is None else {"compression": compression}
     try:
-        # write_elem rather than adata.write_h5ad: the latter would point backed data to the
-        # temporary file.
-        with h5py.File(temporary, "w") as file:
-            anndata.io.write_elem(file, "/", adata, dataset_kwargs=options)
+        _write_elements(
+            adata, temporary, {} if compression is None else {"compression": compression}
+        )
         _flush_to_disk(temporary)
         os.replace(temporary, path)
     except BaseException as error:
@@ -192,6 +191,42 @@ def write_h5ad_atomic(
         ) from error
     with contextlib.suppress(OSError):
         _flush_to_disk(path.parent)
+
+
+def _write_elements(adata: AnnData, path: Path, options: dict[str, Any]) -> None:
+    """Write `adata` to a new file.
+
+    ``adata.write_h5ad`` would turn the caller's strings into categories and point backed data to
+    the new file.
+    """
+    import h5py
+    from anndata.io import write_elem
+
+    parts: dict[str, Any] = {
+        "obs": _with_categories(adata.obs),
+        "var": _with_categories(adata.var),
+        "uns": dict(adata.uns),
+    }
+    for name in ("layers", "obsm", "varm", "obsp", "varp"):
+        parts[name] = dict(getattr(adata, name))
+    parts |= {
+        name: getattr(adata, name) for name in ("X", "raw") if getattr(adata, name) is not None
+    }
+    with h5py.File(path, "w") as file:
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        for name, part in parts.items():
+            write_elem(file, name, part, dataset_kwargs=options)
+
+
+def _with_categories(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame whose columns of repeated or missing strings are categories."""
+    frame = frame.copy(deep=False)
+    for name in frame.columns:
+        column = frame[name]
+        is_text = column.dtype == object and pd.api.types.infer_dtype(column) == "string"
+        if is_text and (column.isna().any() or not column.is_unique):
+            frame[name] = column.astype("category")
+    return frame
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -217,15 +252,16 @@ class StoredMatrix:
         Open dataset: AnnData's CSR dataset, or a dense ``h5py.Dataset`` or ``zarr.Array``.
     """
 
-    def __init__(self, source: Any) -> None:  # noqa: ANN401
+    def __init__(self, source: Any) -> None:
         handle = getattr(source, "group", source)
         file = getattr(handle, "file", None)  # h5py only
         self.location = None if file is None else (str(Path(file.filename).resolve()), handle.name)
+        self.name = repr(handle.name if file is None else str(file.filename))
         self.shape: tuple[int, int] = (int(source.shape[0]), int(source.shape[1]))
         self._source = source
         self._process = os.getpid()
 
-    def open(self) -> Any:  # noqa: ANN401
+    def open(self) -> Any:
         """Return the dataset, valid in this process."""
         if self.location is None:
             return self._source
@@ -242,7 +278,7 @@ class StoredMatrix:
         return state
 
 
-def _open_hdf5(path: str, key: str) -> Any:  # noqa: ANN401
+def _open_hdf5(path: str, key: str) -> Any:
     """Return the matrix at `key` of the file at `path`."""
     import h5py
     from anndata.io import sparse_dataset
@@ -309,18 +345,24 @@ class BackedCounts:
             index = np.append(self.column_index, -1)[columns]
         return BackedCounts(self.stored, self.row_index, index)
 
-    def _read(self, unique: np.ndarray) -> Any:  # noqa: ANN401
+    def _read(self, unique: np.ndarray) -> Any:
         """Return stored rows at increasing positions."""
         if len(unique) == 0:
             return sp.csr_array((0, self.stored.shape[1]), dtype=np.float32)
         source = self.stored.open()
         first, last = int(unique[0]), int(unique[-1]) + 1
-        if last - first == len(unique):
-            return source[first:last]
-        return source.oindex[unique] if hasattr(source, "oindex") else source[unique]
+        try:
+            if last - first == len(unique):
+                return source[first:last]
+            return source.oindex[unique] if hasattr(source, "oindex") else source[unique]
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"Counts could not be read from {self.stored.name} ({_reason(error)}). The file is "
+                "truncated or damaged; copy or write it again."
+            ) from error
 
 
-Counts = sp.csr_array | BackedCounts
+Counts: TypeAlias = sp.csr_array | BackedCounts
 """Counts by rows: float32 CSR in memory, or rows of a file."""
 
 
@@ -350,7 +392,7 @@ def read_counts(adata: AnnData, layer: str | None = None) -> Counts:
     return as_counts(matrix)
 
 
-def as_counts(matrix: Any) -> Counts:  # noqa: ANN401
+def as_counts(matrix: Any) -> Counts:
     """Return a matrix of any supported kind as row-sliceable float32 counts.
 
     Raises
@@ -382,7 +424,7 @@ def as_counts(matrix: Any) -> Counts:  # noqa: ANN401
     return sp.vstack(chunks, format="csr") if chunks else _as_csr(matrix)
 
 
-def _as_csr(matrix: Any) -> sp.csr_array:  # noqa: ANN401
+def _as_csr(matrix: Any) -> sp.csr_array:
     """Return a matrix in memory as float32 CSR, sharing memory where possible."""
     if isinstance(matrix, np.ndarray):
         matrix = np.asarray(matrix)  # drops AnnData's view class
@@ -438,9 +480,9 @@ def check_names(names: Sequence[str] | np.ndarray, kind: str) -> None:
     DataError
         Some names occur more than once.
     """
-    unique, count = np.unique(np.asarray(names, dtype=str), return_counts=True)
-    twice = unique[count > 1]
-    if len(twice):
+    index = pd.Index(names)
+    if not index.is_unique:
+        twice = index[index.duplicated()].unique()
         fix = "adata.obs_names_make_unique()" if kind == "cell" else "adata.var_names_make_unique()"
         raise DataError(
             f"{kind.capitalize()} names must be unique; {len(twice)} occur more than once: "
@@ -468,7 +510,7 @@ def scan_counts(
     *,
     values: Literal["counts", "lognorm"],
     cell_names: np.ndarray,
-    gene_names: Sequence[str],
+    gene_names: Sequence[str] | np.ndarray,
     chunk: int = 4096,
 ) -> CountScan:
     """Validate counts in one streaming pass and return their sums.
@@ -544,7 +586,7 @@ def _bad_values(data: np.ndarray, values: str) -> dict[str, np.ndarray]:
     return bad
 
 
-def warn_silent_genes(gene_is_silent: np.ndarray, gene_names: Sequence[str]) -> None:
+def warn_silent_genes(gene_is_silent: np.ndarray, gene_names: Sequence[str] | np.ndarray) -> None:
     """Warn of genes without any count, from which no effect can be learned."""
     silent = np.asarray(gene_names, dtype=str)[gene_is_silent]
     if len(silent):

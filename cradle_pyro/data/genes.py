@@ -56,7 +56,7 @@ def align_genes(
     """
     position = {str(name): i for i, name in enumerate(genes)}
     columns = np.array([position.get(str(name), -1) for name in wanted], dtype=np.int64)
-    absent = [str(wanted[i]) for i in np.flatnonzero(columns < 0)]
+    absent = [str(name) for name, i in zip(wanted, columns, strict=True) if i < 0]
     if absent and (missing == "error" or len(absent) == len(wanted)):
         fix = (
             "Check that both use the same kind of gene names."
@@ -70,7 +70,7 @@ def align_genes(
     return columns
 
 
-def is_qc_gene(names: Sequence[str], pattern: str = QC_GENE_PATTERN) -> np.ndarray:
+def is_qc_gene(names: Sequence[str] | np.ndarray, pattern: str = QC_GENE_PATTERN) -> np.ndarray:
     """Return a mask of mitochondrial, ribosomal and haemoglobin genes.
 
     Examples
@@ -144,7 +144,7 @@ def select_genes(
     fields.check_names(names, "gene")
     if n_top < 1:
         raise DataError(f"n_top={n_top} must be at least 1.")
-    absent = [name for name in keep if name not in set(names)]
+    absent = sorted(set(keep).difference(names))
     if absent:
         raise DataError(
             f"keep names {len(absent)} genes that the screen lacks: {shown(absent)}"
