@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from cradle_pyro.simulate.perturbseq import simulate_perturbseq
+from cradle_pyro.simulate.corrupt import corrupt
+from cradle_pyro.simulate.perturbseq import ARTIFACT_KINDS, simulate_perturbseq
 
-__all__ = ["simulate_perturbseq"]
+__all__ = ["ARTIFACT_KINDS", "corrupt", "simulate_perturbseq"]

@@ -147,7 +147,7 @@ def simulate_perturbseq(
         Standard deviation of the log-fold changes in a regulon at full strength (natural log).
         0 leaves only the knock-down of the targets.
     effect_density : float
-        Share of genes in each perturbation's own regulon.
+        Share of genes in each perturbation's own regulon; 3 genes or more are expected in it.
     interacting_share : float
         Share of pairs whose effects do not add up.
     confounding : float
@@ -155,7 +155,7 @@ def simulate_perturbseq(
     control_share : float
         Share of control cells.
     median_library : float
-        Median UMIs per cell without an artifact, at least 500.
+        About the median of UMIs per cell without an artifact, at least 500.
     n_batches : int
         Number of batches, independent of the perturbations.
     batch_effect : float
@@ -189,6 +189,10 @@ def simulate_perturbseq(
     under every label in silico; labels are assigned independently of what a cell is) of
     log2(1 + 1e4 · rate under t) - log2(1 + 1e4 · rate under control).
 
+    Difficulty. With the default settings the effects read off the passing training cells (log of
+    mean fractions) correlate 0.71 to 0.78 with ``ate`` (seeds 0 to 7), their spike-and-slab
+    shrinkage about 0.92, sums of single effects for the pairs 0.66 to 0.75.
+
     Artifacts. low_capture keeps a random share of all molecules. leaking loses cytoplasmic RNA
     (mitochondria and nucleus hold theirs). Both also show some ambient RNA. ambient: much soup
     (cytoplasm of lysed cells, rich in haemoglobin), less of the cell. doublet: another cell of the
@@ -215,7 +219,7 @@ def simulate_perturbseq(
         rate[rows] = _rates(world, cells.rows(rows), label[rows])
         rate_control[rows] = _rates(world, cells.rows(rows), np.zeros_like(label[rows]))
     soup = _soup(world, rate[rng.choice(n_cells, size=min(n_cells, _POPULATION), replace=False)])
-    partner = rng.permutation(n_cells)
+    partner = (np.arange(n_cells) + rng.integers(1, n_cells, size=n_cells)) % n_cells
     counts = sparse.vstack(
         [
             _draw_counts(rng, world, cells, rate, soup, partner, artifact, degree, rows)
@@ -280,7 +284,11 @@ def _gene_names(n_genes: int, n_targets: int) -> tuple[list[str], int, int, int]
 def _sparse_normal(
     rng: np.random.Generator, shape: tuple[int, int], density: float, scale: float
 ) -> Floats:
-    """Return a matrix with a share `density` of non-zero Normal(0, scale²) entries."""
+    """Return a matrix with a share `density` of non-zero Normal(0, scale²) entries.
+
+    At least 3 are expected per row, so that small panels show effects too.
+    """
+    density = max(density, 3 / shape[1]) if density > 0 else 0.0
     values = rng.normal(0.0, scale, size=shape) * (rng.random(shape) < density)
     return values.astype(np.float32)
 
@@ -560,17 +568,17 @@ def _truth(world: _World, risk: Floats) -> dict[str, object]:
     mask = (world.regulon != 0) | ((np.abs(world.push) @ np.abs(world.programme)) > 0)
     mask[np.arange(n_targets), world.target] = True
     return {
-        "ate_labels": np.array(labels[1:], dtype=object),
+        "ate_labels": np.array(labels[1:], dtype=np.str_),
         "mask": mask,
-        "mask_labels": np.array(labels[1 : 1 + n_targets], dtype=object),
+        "mask_labels": np.array(labels[1 : 1 + n_targets], dtype=np.str_),
         "strength": world.strength,
         "knock_down": world.knock_down,
         "interactions": {
-            "pair": np.array(labels[1 + n_targets :], dtype=object),
-            "kind": np.array([pair.kind for pair in world.pairs], dtype=object),
+            "pair": np.array(labels[1 + n_targets :], dtype=np.str_),
+            "kind": np.array([pair.kind for pair in world.pairs], dtype=np.str_),
         },
         "artifact_probability": risk,
-        "artifact_probability_labels": np.array(labels, dtype=object),
+        "artifact_probability_labels": np.array(labels, dtype=np.str_),
     }
 
 
@@ -588,16 +596,16 @@ def _as_anndata(
     from anndata import AnnData
 
     n_cells = len(label)
-    types = [f"type{i + 1}" for i in range(_N_TYPES)]
-    batches = [f"batch{i + 1}" for i in range(len(world.batch_shift))]
+    labels = pd.Index(world.labels)
+    types = pd.Index([f"type{i + 1}" for i in range(_N_TYPES)])
+    batches = pd.Index([f"batch{i + 1}" for i in range(len(world.batch_shift))])
+    kinds = pd.Index(["none", *ARTIFACT_KINDS])
     obs = pd.DataFrame(
         {
-            "perturbation": pd.Categorical.from_codes(label, categories=world.labels),
+            "perturbation": pd.Categorical.from_codes(label, categories=labels),
             "cell_type": pd.Categorical.from_codes(cells.kind, categories=types),
             "batch": pd.Categorical.from_codes(cells.batch, categories=batches),
-            "true_artifact": pd.Categorical.from_codes(
-                artifact, categories=["none", *ARTIFACT_KINDS]
-            ),
+            "true_artifact": pd.Categorical.from_codes(artifact, categories=kinds),
             "true_artifact_degree": degree,
             "true_penetrance": cells.penetrance,
             "true_phase": cells.phase,
