@@ -74,8 +74,9 @@ def confounding_report(
     --------
     >>> labels = ["control"] * 50 + ["A"] * 50
     >>> failing = [False] * 45 + [True] * 5 + [False] * 20 + [True] * 30
-    >>> confounding_report(labels, failing).loc["A", ["failing_share", "differs"]].tolist()
-    [0.6, True]
+    >>> row = confounding_report(labels, failing).loc["A"]
+    >>> float(row["failing_share"]), bool(row["differs"])
+    (0.6, True)
     """
     names = np.asarray(labels).astype(str)
     fails = _failing(failing, len(names))
@@ -228,7 +229,7 @@ def _failing(failing: ArrayLike, n_cells: int) -> NDArray[np.bool_]:
 
 
 def _columns(covariates: pd.DataFrame | Mapping[str, ArrayLike], n_cells: int) -> pd.DataFrame:
-    columns = {name: np.asarray(covariates[name]).astype(str) for name in covariates}
+    columns = {str(name): np.asarray(column).astype(str) for name, column in covariates.items()}
     wrong = [name for name, column in columns.items() if column.shape != (n_cells,)]
     if wrong:
         raise DataError(

@@ -202,6 +202,7 @@ def annotate_artifacts(
     *,
     layer: str | None = None,
     fit_on: ArrayLike | str | None = None,
+    flags: Sequence[str] | None = None,
     thresholds: QCThresholds | Mapping[str, Any] | None = None,
     prefixes: QCPrefixes | None = None,
     gene_symbols: str | None = None,
@@ -226,6 +227,9 @@ def annotate_artifacts(
     fit_on
         Cells on which thresholds are fitted, normally the training cells: a boolean mask, integer
         positions, or ``"column=value"`` such as ``"split=train"``. Default all cells.
+    flags
+        Flags to raise, of `FLAGS`; default all that can be computed. Leave out a flag that is
+        biology in the screen at hand, such as ``"high_hb"`` where cells turn erythroid.
     thresholds
         Thresholds fitted before (or a ``uns["cradle_qc"]``), used instead of fitting.
     prefixes
@@ -282,6 +286,7 @@ def annotate_artifacts(
         thresholds = QCThresholds.from_dict(thresholds)
     prefixes = prefixes or QCPrefixes()
     n_mads = _positive(n_mads if thresholds is None else thresholds.n_mads)
+    unwanted = _unwanted(flags, thresholds)
     fit_rows = _fit_rows(adata, fit_on)
     given = _given_metrics(adata, metrics or {})
     counts = read_counts(adata, layer)
@@ -289,7 +294,7 @@ def annotate_artifacts(
 
     values = {**_all_metrics(counts, genes, prefixes, given.get("counts")), **given}
     score_cut = _given_score_cut(adata, given) if thresholds is None else None
-    left_out: dict[str, str] = {}
+    left_out = dict(unwanted)
     if _SCORE not in values and _wants_doublets(adata, doublets, thresholds, left_out):
         found = _score_doublets(counts, None if fit_on is None else fit_rows, seed)
         if isinstance(found, str):
@@ -558,6 +563,21 @@ def _check_raw(matrix: sp.csr_matrix) -> None:
         )
 
 
+def _unwanted(flags: Sequence[str] | None, thresholds: QCThresholds | None) -> dict[str, str]:
+    """Return the flags that were not asked for, with that reason."""
+    if flags is None:
+        return {}
+    wanted = [flags] if isinstance(flags, str) else list(flags)
+    known = FLAGS if thresholds is None else thresholds.flags
+    unknown = [flag for flag in wanted if flag not in known]
+    if unknown:
+        raise DataError(
+            f"QC flags are {shown(known, most=len(FLAGS))}; found {shown(unknown)}"
+            f"{near(unknown[0], known)}."
+        )
+    return {flag: "not asked for" for flag in FLAGS if flag not in wanted}
+
+
 def _fit_rows(adata: AnnData, fit_on: ArrayLike | str | None) -> NDArray[np.intp]:
     """Return the positions of the cells on which thresholds are fitted."""
     if fit_on is None:
@@ -670,7 +690,7 @@ def _wants_doublets(
     """Return whether to run scrublet; with reused thresholds, only where they have a cut."""
     if doublets not in (True, False, "auto"):
         raise DataError(f"doublets is True, False or 'auto'; found {doublets!r}.")
-    if thresholds is not None and "doublet" not in thresholds.cuts:
+    if "doublet" in left_out or (thresholds is not None and "doublet" not in thresholds.cuts):
         return False
     if doublets == "auto":
         wanted = not adata.isbacked and adata.n_obs <= _MOST_CELLS_FOR_DOUBLETS
@@ -689,7 +709,8 @@ def _score_doublets(
     stored: Counts, fit_rows: NDArray[np.intp] | None, seed: int
 ) -> tuple[NDArray[np.float64], float] | str:
     """Return scores of all cells and scrublet's cut on the fitted cells, or why there are none."""
-    counts = sp.vstack([chunk for _, chunk in iter_count_rows(stored)], format="csr")
+    # A matrix, not an array: scrublet multiplies with *, which is elementwise for arrays.
+    counts = sp.csr_matrix(sp.vstack([chunk for _, chunk in iter_count_rows(stored)]))
     found = _scrublet(counts if fit_rows is None else counts[fit_rows], seed)
     if isinstance(found, str) or fit_rows is None or len(fit_rows) == counts.shape[0]:
         return found
@@ -701,7 +722,7 @@ def _score_doublets(
     return scores, found[1]
 
 
-def _scrublet(counts: sp.csr_array, seed: int) -> tuple[NDArray[np.float64], float] | str:
+def _scrublet(counts: sp.csr_matrix, seed: int) -> tuple[NDArray[np.float64], float] | str:
     import scanpy as sc
     from anndata import AnnData
 
