@@ -109,6 +109,12 @@ def without(columns: dict[str, list], *names: str) -> dict[str, list]:
             [0, 1, 2],
         ),
         ("dixit", DIXIT, ["control", "control", "EGR1", "CREB1+EGR1", "CREB1"], [0, 1, 2, 3, 4]),
+        (
+            "dixit",
+            DIXIT | {"combined_guides": ["", "", "sgEGR1_2", "sgCREB1_4,sgEGR1_3", "sgCREB1_4"]},
+            ["control", "control", "EGR1", "CREB1+EGR1", "CREB1"],
+            [0, 1, 2, 3, 4],
+        ),
         ("adamson", ADAMSON, ["control", "HSPA5", "control", "PERK", "control"], [0, 2, 3, 5, 6]),
         ("replogle", REPLOGLE, ["AAAS", "control", "RPL3"], [0, 1, 2]),
         ("replogle", without(REPLOGLE, "gene"), ["AAAS", "control", "RPL3"], [0, 1, 2]),
@@ -184,6 +190,17 @@ def test_missing_controls_or_perturbations_are_refused(tmp_path, genes, lacks) -
 def test_gene_with_the_delimiter_is_refused(tmp_path) -> None:
     path, _ = make_file(tmp_path / "a.h5ad", {"gene": ["A+B", "non-targeting"]})
     with pytest.raises(DataError, match=r"must not contain '\+'.*'A\+B'"):
+        public.read_replogle(path)
+
+
+def test_repeated_cell_names_are_refused(tmp_path) -> None:
+    path, _ = make_file(tmp_path / "a.h5ad", REPLOGLE)
+    adata = anndata.read_h5ad(path)
+    adata.obs_names = ["x", "y", "y"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Observation names are not unique")
+        adata.write_h5ad(path)
+    with pytest.raises(DataError, match="Cell names must be unique"):
         public.read_replogle(path)
 
 

@@ -8,7 +8,6 @@ file has them, and ``obs["perturbation"]`` in the package's label form (sorted n
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,10 +324,7 @@ def read_public(name: str, path: str | os.PathLike[str] | None = None) -> AnnDat
     """
     screen = _screen(name)
     path = fetch_public(name) if path is None else Path(path)
-    with warnings.catch_warnings():
-        # Published files repeat gene symbols; they are made unique below.
-        warnings.filterwarnings("ignore", message="Variable names are not unique")
-        adata = read_screen(path)
+    adata = read_screen(path)
     found = [column for column in screen.label_columns if column in adata.obs]
     if not found:
         raise DataError(
