@@ -554,7 +554,8 @@ def encode_artifacts(
     columns = _artifact_columns(adata, artifact, artifact_keys, schema)
     values = np.zeros((n_cells, len(columns)), dtype=np.float32)
     for j, (name, column) in enumerate(columns):
-        is_flag = artifact != "severity" and artifact_keys is None
+        # Columns that the user names may hold severities; those of the annotation do not.
+        is_flag = artifact != "severity" and column != name
         values[:, j] = _flag_values(adata, column, name, is_flag=is_flag)
     observed = np.asarray(~np.isnan(values).any(axis=1))
     values[~observed] = 0.0
@@ -627,6 +628,6 @@ def _flag_values(adata: AnnData, column: str, name: str, *, is_flag: bool) -> np
         example = series[is_text | outside].iloc[0]
         raise DataError(
             f"obs[{column!r}] must hold {'0/1 or booleans' if is_flag else 'values in [0, 1]'}; "
-            f"{int((is_text | outside).sum())} cells hold others, for example {example!r}."
+            f"{int((is_text | outside).sum())} cells hold others, for example {str(example)!r}."
         )
     return numbers
