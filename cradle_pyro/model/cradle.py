@@ -83,7 +83,6 @@ class Cradle(nn.Module):
         effect, gene_effect = self.perturbation_effects()
         artifact_effect, risk, depth = self.artifact_effects()
         with cells_plate(self.n_cells, batch):
-            z_basal = sample(sites.Z_BASAL, self._standard_normal(batch, self.config.n_latents))
             perturbation = deterministic(sites.PERTURBATION, batch.perturbation, event_dim=1)
             artifact = self.artifact(batch, perturbation, risk)
             perturbation_shift = deterministic(
@@ -91,6 +90,7 @@ class Cradle(nn.Module):
             )
             artifact_shift = self.artifact_shift(batch, artifact, artifact_effect)
             library = self.library(batch, artifact, depth)
+            z_basal = sample(sites.Z_BASAL, self._standard_normal(batch, self.config.n_latents))
             rate = self.rate(
                 z_basal, perturbation_shift, artifact_shift, batch.covariates,
                 perturbation @ gene_effect if gene_effect is not None else None,

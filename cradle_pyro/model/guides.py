@@ -119,6 +119,13 @@ class CradleGuide(nn.Module):
             normal = self._encode(self.z_basal, batch, expression, context)
             sample(sites.Z_BASAL, normal.to_event(1))
 
+    def global_parameters(self) -> list[nn.Parameter]:
+        """Return the free parameters of the global latents, which learn at their own rate."""
+        parts = (self.effect, self.gene_effect, self.artifact_effect, self.artifact_risk,
+                 self.depth_shift)  # fmt: skip
+        parameters = [p for part in parts if part is not None for p in part.parameters()]
+        return parameters if self.mask_logits is None else [self.mask_logits, *parameters]
+
     def global_latents(self) -> tuple[Tensor, Tensor]:
         """Sample the global latents; return masked effects and artifact effects."""
         with plate(sites.PERTURBATIONS, self.schema.n_perturbations, dim=-1):

@@ -1,0 +1,1 @@
+"""CRADLE in Pyro: perturbation effects of single-cell CRISPR screens, artifacts disentangled."""

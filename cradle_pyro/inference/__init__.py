@@ -1,0 +1,1 @@
+"""Objectives, training, the posterior and its persistence."""

@@ -1,0 +1,293 @@
+"""Run directories and resume checkpoints: safetensors, JSON, TOML and CSV, never pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cradle_pyro.config import Config
+from cradle_pyro.errors import CheckpointError, ConfigError
+from cradle_pyro.inference.posterior import Posterior, ReferenceCells, build_pair
+from cradle_pyro.types import Schema, Statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["FORMAT_VERSION", "SafeCheckpointIO", "load", "read_checkpoint", "save"]
+
+FORMAT_VERSION = 1
+_CONFIG, _MANIFEST = "config.toml", "manifest.json"
+_WEIGHTS, _HISTORY = "model.safetensors", "history.csv"
+_VERSIONS = ("cradle-pyro", "torch", "pyro-ppl", "anndata", "scanpy", "numpy", "lightning")
+
+
+def save(posterior: Posterior, path: str | Path) -> Path:
+    """Write a run directory and return its path.
+
+    Files are staged beside their place and moved there one by one, the manifest last: without a
+    manifest that fits the weights a directory is not a run, so nothing half-written ever loads.
+    Other content of the directory (checkpoints, metrics) is kept.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory cannot be written, for example because the disk is full.
+    """
+    path = Path(path)
+    staging = None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=path))
+        save_file(_tensors(posterior), staging / _WEIGHTS)
+        (staging / _CONFIG).write_text(posterior.config.to_toml(), encoding="utf-8")
+        posterior.history.to_csv(staging / _HISTORY, index=False)
+        manifest = _manifest(posterior, weights_sha256=_sha256(staging / _WEIGHTS))
+        (staging / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (path / _MANIFEST).unlink(missing_ok=True)
+        for name in (_WEIGHTS, _CONFIG, _HISTORY, _MANIFEST):
+            os.replace(staging / name, path / name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Could not write the run directory '{path}': {error}. Nothing there is a loadable run "
+            "until writing succeeds; free space or choose another --out."
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    return path
+
+
+def load(path: str | Path, *, device: torch.device | str = "cpu") -> Posterior:
+    """Return the posterior of a run directory; no training data are needed.
+
+    Parameters
+    ----------
+    path
+        A directory written by :meth:`Posterior.save` or ``cradle-pyro train``.
+    device
+        Where to put the pair.
+
+    Raises
+    ------
+    CheckpointError
+        If the directory is missing, incomplete, damaged, or of a later format.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    try:
+        config = Config.from_toml(path / _CONFIG)
+        history = pd.read_csv(path / _HISTORY) if (path / _HISTORY).stat().st_size > 1 else None
+        tensors = load_file(path / _WEIGHTS)
+    except (OSError, SafetensorError, ConfigError, tomllib.TOMLDecodeError) as error:
+        raise CheckpointError(f"The run directory '{path}' is damaged: {error}") from error
+    schema = _schema(manifest["schema"])
+    statistics = Statistics(
+        n_cells=int(manifest["n_train_cells"]), **_section(tensors, "statistics")
+    )
+    model, guide = build_pair(schema, config, statistics, seed=0)
+    model.load_state_dict(_section(tensors, "model"))
+    guide.load_state_dict(_section(tensors, "guide"))
+    return Posterior(
+        model=model.to(device).eval(),
+        guide=guide.to(device).eval(),
+        schema=schema,
+        config=config,
+        statistics=statistics,
+        reference=ReferenceCells(**_section(tensors, "reference")),
+        history=pd.DataFrame() if history is None else history,
+        labels=pd.DataFrame(manifest["labels"]),
+        facts=manifest["facts"],
+    )
+
+
+def _tensors(posterior: Posterior) -> dict[str, Tensor]:
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "model": posterior.model.state_dict(),
+        "guide": posterior.guide.state_dict(),
+        "reference": posterior.reference._asdict(),
+        "statistics": {
+            name: value
+            for name, value in posterior.statistics._asdict().items()
+            if isinstance(value, Tensor)
+        },
+    }
+    return {
+        f"{part}/{name}": value.detach().cpu().contiguous().clone()
+        for part, values in parts.items()
+        for name, value in values.items()
+    }
+
+
+def _section(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    prefix = f"{part}/"
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _manifest(posterior: Posterior, *, weights_sha256: str) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "versions": {name: _version(name) for name in _VERSIONS},
+        "weights_sha256": weights_sha256,
+        "n_train_cells": posterior.statistics.n_cells,
+        "schema": dataclasses.asdict(posterior.schema),
+        "labels": posterior.labels.to_dict("list"),
+        "facts": dict(posterior.facts),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not (path / _MANIFEST).is_file():
+        raise CheckpointError(
+            f"Expected a run directory with {_MANIFEST}, found none at '{path}'. "
+            "Give the directory that `cradle-pyro train --out` wrote."
+        )
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"'{path}' has format {version}; this version of cradle-pyro reads up to "
+                f"{FORMAT_VERSION}. Update cradle-pyro."
+            )
+        expected = manifest["weights_sha256"]
+        found = _sha256(path / _WEIGHTS)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"The run directory '{path}' is damaged: {error}") from error
+    if found != expected:
+        raise CheckpointError(
+            f"The run directory '{path}' is damaged: {_WEIGHTS} is not the file that {_MANIFEST} "
+            "describes (truncated or replaced). Copy the run again, or retrain."
+        )
+    return manifest
+
+
+def _schema(values: Mapping[str, Any]) -> Schema:
+    covariates = tuple((name, tuple(levels)) for name, levels in values["covariates"])
+    names = {key: tuple(values[key]) for key in ("genes", "perturbations", "artifacts")}
+    return Schema(**(dict(values) | names | {"covariates": covariates}))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lightning checkpoints as one safetensors file: tensors, and the rest as JSON metadata."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: object | None = None
+    ) -> None:
+        """Write `checkpoint` atomically."""
+        tensors: dict[str, Tensor] = {}
+        structure = json.dumps(_pack(checkpoint, tensors))
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".{path.name}.part")
+        try:
+            save_file(tensors, staging, metadata={"structure": structure})
+            os.replace(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable | None = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU."""
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint."""
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return what :class:`SafeCheckpointIO` wrote.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            structure = json.loads(file.metadata()["structure"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"The checkpoint '{path}' is missing or damaged: {error}") from error
+    return _unpack(structure, tensors)
+
+
+def last_checkpoint(directory: Path) -> Path:
+    """Return the checkpoint to resume from.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    path = directory / "last.ckpt"
+    if not path.is_file():
+        raise CheckpointError(
+            f"Expected a checkpoint to resume from at '{path}', found none. "
+            "Leave out --resume to start anew."
+        )
+    return path
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return `value` as JSON; tensors go to `tensors`, odd keys and tuples are spelled out."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"items": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_pack(item, tensors) for item in value]}
+    if isinstance(value, list | set):
+        return [_pack(item, tensors) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise CheckpointError(f"A checkpoint cannot hold a {type(value).__name__}: {value!r}.")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    (kind, content), *_ = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(_unpack(item, tensors) for item in content)
+    return {_unpack(key, tensors): _unpack(item, tensors) for key, item in content}

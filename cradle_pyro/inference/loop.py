@@ -1,0 +1,241 @@
+"""What Lightning needs to run the loop: a module, a history, and a trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import pyro
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from torch import Tensor, nn
+
+from cradle_pyro.config import TrainConfig
+from cradle_pyro.errors import TrainingError
+from cradle_pyro.inference.checkpoint import SafeCheckpointIO, read_checkpoint
+from cradle_pyro.inference.objectives import CradleELBO
+from cradle_pyro.seeding import seeded
+from cradle_pyro.types import Batch
+
+__all__ = ["History", "TrainingLoop", "make_trainer", "quiet_lightning"]
+
+_TRAIN, _VALIDATION = "train", "val"
+_LARGEST_SEED = 2**31
+
+
+class TrainingLoop(L.LightningModule):
+    """A (model, guide) pair with its objective, as a Lightning module.
+
+    Parameters
+    ----------
+    model, guide
+        The pair; trained in place.
+    objective
+        Gives the named terms of the loss in nats per cell.
+    config
+        Optimiser, schedule and seed.
+    """
+
+    def __init__(
+        self, model: nn.Module, guide: nn.Module, objective: CradleELBO, config: TrainConfig
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.guide = guide
+        self.objective = objective
+        self.config = config
+        self.sums: dict[str, dict[str, Tensor]] = {_TRAIN: {}, _VALIDATION: {}}
+        self.sizes = dict.fromkeys(self.sums, 0)
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """Return the loss in nats per cell."""
+        return self._step(batch, _TRAIN)
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Add the batch to the validation loss, with the same noise in every epoch."""
+        with seeded(self.config.seed + index):
+            self._step(batch, _VALIDATION)
+
+    def on_train_start(self) -> None:
+        """Bring the pool of training states to the device."""
+        if self.objective.pool is not None:
+            self.objective.pool = self.objective.pool.to(self.device)
+
+    on_sanity_check_start = on_train_start
+
+    def on_train_epoch_start(self) -> None:
+        """Seed the epoch by its number, so that a resumed run repeats an uninterrupted one."""
+        torch.manual_seed((self.config.seed * 100_003 + self.current_epoch) % _LARGEST_SEED)
+        loader = self.trainer.train_dataloader
+        loader.sampler.set_epoch(self.current_epoch)
+        loader.dataset.set_epoch(self.current_epoch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Report the validation loss, which early stopping and the best checkpoint watch."""
+        self.log("val_loss", self._mean_loss(_VALIDATION), prog_bar=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Report the training loss."""
+        self.log("train_loss", self._mean_loss(_TRAIN), prog_bar=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return Adam, faster for the free parameters of the global guide, and the schedule."""
+        fast = {id(p) for p in getattr(self.guide, "global_parameters", list)()}
+        groups = [
+            {
+                "params": [p for p in self.parameters() if id(p) not in fast],
+                "lr": self.config.learning_rate,
+                "weight_decay": self.config.weight_decay,
+            },
+            {
+                "params": [p for p in self.parameters() if id(p) in fast],
+                "lr": self.config.effect_learning_rate,
+            },
+        ]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        if self.config.schedule == "constant":
+            return {"optimizer": optimizer}
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        """Return the batch on `device`."""
+        return batch.to(device)
+
+    def load_best(self, path: str) -> None:
+        """Load the parameters of a checkpoint."""
+        self.load_state_dict(read_checkpoint(path)["state_dict"])
+
+    def take_means(self, stage: str) -> dict[str, float]:
+        """Return the mean terms since the last call, in nats per cell, and start anew."""
+        size = max(self.sizes[stage], 1)
+        means = {name: float(value) / size for name, value in self.sums[stage].items()}
+        self.sums[stage], self.sizes[stage] = {}, 0
+        return means
+
+    def _step(self, batch: Batch, stage: str) -> Tensor:
+        # Parameters of PyroModules in an edited pair stay in the pair, not in the global store.
+        with pyro.settings.context(module_local_params=True):
+            terms = self.objective.terms(self.model, self.guide, batch)
+        loss = torch.stack(list(terms.values())).sum()
+        if not torch.isfinite(loss):
+            raise TrainingError(_describe(terms, self))
+        size, sums = len(batch), self.sums[stage]
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + size * value.detach()
+        self.sizes[stage] += size
+        return loss
+
+    def _mean_loss(self, stage: str) -> float:
+        return sum(float(value) for value in self.sums[stage].values()) / max(self.sizes[stage], 1)
+
+
+def _describe(terms: dict[str, Tensor], loop: TrainingLoop) -> str:
+    bad = [name for name, value in terms.items() if not torch.isfinite(value)]
+    broken = [name for name, p in loop.named_parameters() if not torch.isfinite(p).all()]
+    parameters = f" Parameters that are not finite: {', '.join(broken[:5])}." if broken else ""
+    return (
+        f"The loss is not finite at step {loop.global_step} (epoch {loop.current_epoch}): term "
+        f"{', '.join(bad) or 'sum'}.{parameters} Try a lower train.learning_rate or "
+        "train.gradient_clip, and look for extreme counts or libraries."
+    )
+
+
+class History(Callback):
+    """Collects every term of the loss per epoch, in nats per cell."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget what the sanity check added."""
+        if trainer.sanity_checking:
+            pl_module.take_means(_VALIDATION)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add a row."""
+        row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        for stage in (_TRAIN, _VALIDATION):
+            means = pl_module.take_means(stage)
+            if means:
+                row[f"{stage}_loss"] = sum(means.values())
+                row |= {f"{stage}_{name}": value for name, value in means.items()}
+        self.epochs.append(row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows, for the checkpoint."""
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the rows of a checkpoint."""
+        self.epochs = list(state_dict["epochs"])
+
+    def table(self) -> pd.DataFrame:
+        """Return one row per epoch."""
+        return pd.DataFrame(self.epochs)
+
+
+def make_trainer(
+    config: TrainConfig,
+    directory: Path,
+    history: History,
+    *,
+    progress: bool,
+    validate: bool,
+    callbacks: Sequence[Callback] = (),
+) -> tuple[L.Trainer, ModelCheckpoint]:
+    """Return Lightning's trainer and the callback that keeps the best and the last checkpoint."""
+    monitor = "val_loss" if validate else None
+    best = ModelCheckpoint(
+        directory, filename="best", monitor=monitor, save_last=True, enable_version_counter=False
+    )
+    extra: list[Callback] = [history, best, *callbacks]
+    if validate:
+        extra.append(EarlyStopping("val_loss", patience=config.patience, check_finite=False))
+    if progress:
+        extra.append(TQDMProgressBar(leave=True))
+    trainer = L.Trainer(
+        accelerator="gpu" if config.accelerator == "cuda" else config.accelerator,
+        devices=config.devices,
+        precision=config.precision,
+        max_epochs=config.max_epochs,
+        gradient_clip_val=config.gradient_clip,
+        callbacks=extra,
+        plugins=[SafeCheckpointIO()],
+        logger=False,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    return trainer, best
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's notes on hardware and workers from the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for text in (".*does not have many workers.*", ".*Checkpoint directory.*exists.*",
+                     ".*GPU available but not used.*", ".*smaller than the logging interval.*"):  # fmt: skip
+            warnings.filterwarnings("ignore", text)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,142 @@
+"""The fitted pair and what belongs to it: all that queries need, and nothing of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from cradle_pyro import sites
+from cradle_pyro.config import Config
+from cradle_pyro.data.dataset import CellData
+from cradle_pyro.model.cradle import Cradle
+from cradle_pyro.model.guides import CradleGuide, make_guide
+from cradle_pyro.seeding import seeded
+from cradle_pyro.types import Batch, Schema, Statistics
+
+__all__ = ["Posterior", "ReferenceCells", "build_pair", "draw_latents", "reference_cells"]
+
+_MOST_REFERENCE_CELLS = 5000
+
+
+class ReferenceCells(NamedTuple):
+    """q(z_basal) of control training cells: the population that average effects refer to.
+
+    Parameters
+    ----------
+    loc, scale
+        Moments of q(z_basal), shape (cells, latents).
+    library
+        Library sizes, shape (cells,).
+    covariates
+        One-hot levels, shape (cells, covariate_levels).
+    """
+
+    loc: Tensor
+    scale: Tensor
+    library: Tensor
+    covariates: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """A trained (model, guide) pair.
+
+    Parameters
+    ----------
+    model, guide
+        Plain Pyro callables on a :class:`~cradle_pyro.types.Batch`; Predictive, condition, block
+        and trace work on them.
+    schema
+        Names of genes, perturbations, artifacts and covariates.
+    config
+        The resolved configuration.
+    statistics
+        Training statistics the pair was built with.
+    reference
+        Abducted control cells.
+    history
+        One row per epoch, every term of the loss in nats per cell.
+    labels
+        Label to the number of cells in each split, held-out labels included: columns label, train,
+        val, test.
+    facts
+        Fingerprint and path of the data, seed, package versions.
+    """
+
+    model: Cradle
+    guide: CradleGuide
+    schema: Schema
+    config: Config
+    statistics: Statistics
+    reference: ReferenceCells
+    history: pd.DataFrame
+    labels: pd.DataFrame
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pair lives."""
+        return next(self.model.parameters()).device
+
+    def save(self, path: str | Path) -> Path:
+        """Write a run directory atomically and return its path; ``cradle_pyro.load`` reads it.
+
+        Raises
+        ------
+        CheckpointError
+            If the directory cannot be written.
+        """
+        from cradle_pyro.inference.checkpoint import save
+
+        return save(self, path)
+
+
+def build_pair(
+    schema: Schema, config: Config, statistics: Statistics, *, seed: int
+) -> tuple[Cradle, CradleGuide]:
+    """Return a fresh model and guide with parameters drawn from `seed`."""
+    with seeded(seed):
+        model = Cradle(schema, config.model, statistics)
+        return model, make_guide(model, config.guide, statistics)
+
+
+def draw_latents(guide: CradleGuide, batch: Batch) -> dict[str, Tensor]:
+    """Return one draw of every latent site from the guide, given the cells of `batch`."""
+    with torch.no_grad():
+        trace = poutine.trace(guide).get_trace(batch)
+    return {
+        name: site["value"]
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
+    }
+
+
+def reference_cells(
+    guide: CradleGuide, train: CellData, *, seed: int, chunk: int = 1024
+) -> ReferenceCells:
+    """Return q(z_basal) of up to 5,000 control training cells (all cells, if there is no control).
+
+    Moments are those of the guide given one draw of the globals.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    is_control = torch.as_tensor(train.labels == train.schema.control)
+    rows = is_control.nonzero().ravel() if is_control.any() else torch.arange(train.n_cells)
+    order = torch.randperm(len(rows), generator=generator)[:_MOST_REFERENCE_CELLS]
+    rows = rows[order].sort().values
+    device = next(guide.parameters()).device
+    parts = []
+    with seeded(seed), torch.no_grad():
+        for piece in rows.split(chunk):
+            batch = train.batch(piece.numpy(), device=device)
+            node = poutine.trace(guide).get_trace(batch).nodes[sites.Z_BASAL]
+            parts.append(
+                (node["fn"].base_dist.loc, node["fn"].base_dist.scale, batch.library, batch.covariates)
+            )
+    return ReferenceCells(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))

@@ -1,0 +1,270 @@
+"""Training: Lightning runs the loop, the objective comes from the (model, guide) pair."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cradle_pyro.config import Config, PartnerTerm
+from cradle_pyro.data.dataset import CellData
+from cradle_pyro.data.matching import match_partners
+from cradle_pyro.data.prepare import assign_split
+from cradle_pyro.data.statistics import training_statistics
+from cradle_pyro.errors import ConfigError, DataError
+from cradle_pyro.inference.objectives import CradleELBO, FlipPool
+from cradle_pyro.inference.posterior import Posterior, build_pair, reference_cells
+from cradle_pyro.seeding import seeded
+from cradle_pyro.types import Batch
+
+if TYPE_CHECKING:
+    import lightning as L
+
+__all__ = ["fit", "flip_pool"]
+
+
+def fit(
+    data: CellData,
+    config: Config | None = None,
+    *,
+    progress: bool = True,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[L.Callback] = (),
+) -> Posterior:
+    """Train a model/guide pair by SVI and return its posterior.
+
+    Parameters
+    ----------
+    data
+        The screen. Without a split, cells are divided as ``config.split`` says; only training
+        cells are learned from, early stopping sees validation cells only.
+    config
+        Settings; the defaults if omitted.
+    progress
+        Show Lightning's progress bar.
+    checkpoint_dir
+        Where to keep the best and the last checkpoint; a temporary directory if omitted.
+    resume
+        Continue from the last checkpoint in `checkpoint_dir`.
+    callbacks
+        Further Lightning callbacks.
+
+    Returns
+    -------
+    Posterior
+        Parameters of the epoch with the lowest validation loss (of the last, without validation).
+
+    Raises
+    ------
+    DataError
+        If there are no training cells.
+    ConfigError
+        If the likelihood does not fit the values, or there is nothing to resume from.
+    TrainingError
+        If a term of the loss is not finite.
+
+    Examples
+    --------
+    >>> import cradle_pyro as cp
+    >>> adata = cp.simulate_perturbseq(n_cells=200, n_genes=40, n_perturbations=3, n_pairs=1, seed=0)
+    >>> data = cp.CellData.from_anndata(adata, layer="counts", artifact="none")
+    >>> config = cp.Config().with_settings(["train.max_epochs=1", "model.n_latents=2"])
+    >>> posterior = cp.fit(data, config, progress=False)
+    >>> posterior.schema.n_perturbations
+    3
+    """
+    config = config or Config()
+    _check(data, config)
+    if data.split is None:
+        data = assign_split(data, config.split)
+    train = data.where(split="train")
+    if not train.n_cells:
+        raise DataError("Expected training cells, found none: the split marks no cell 'train'.")
+    statistics = training_statistics(train)
+    model, guide = build_pair(data.schema, config, statistics, seed=config.train.seed)
+    objective = CradleELBO(
+        config.objective, flip_pool(train), failing_share=float(statistics.failing_share)
+    )
+    history = _train_pair(
+        model, guide, objective, data, config, progress=progress,
+        checkpoint_dir=checkpoint_dir, resume=resume, callbacks=callbacks,
+    )  # fmt: skip
+    return Posterior(
+        model=model,
+        guide=guide,
+        schema=data.schema,
+        config=config,
+        statistics=statistics,
+        reference=reference_cells(guide, train, seed=config.train.seed),
+        history=history,
+        labels=_label_table(data),
+        facts={"fingerprint": data.fingerprint, "seed": config.train.seed},
+    )
+
+
+def flip_pool(train: CellData) -> FlipPool:
+    """Return the states that the consistency terms give to intervened cells."""
+    designs, design_counts = _distinct(train.perturbation.toarray())
+    flags, flag_counts = _distinct(train.artifact[train.failing])
+    library = torch.as_tensor(train.library)
+    failing = torch.as_tensor(train.failing)
+    return FlipPool(
+        designs, design_counts, flags, flag_counts, library[~failing], library[failing]
+    )
+
+
+def _distinct(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    values, counts = np.unique(rows, axis=0, return_counts=True)
+    return torch.as_tensor(values), torch.as_tensor(counts, dtype=torch.float32)
+
+
+def _check(data: CellData, config: Config) -> None:
+    is_normal = config.model.likelihood == "normal"
+    if is_normal != (data.values == "lognorm"):
+        raise ConfigError(
+            f"The '{config.model.likelihood}' likelihood needs "
+            f"{'log-normalised values' if is_normal else 'raw counts'}, but the data hold "
+            f"'{data.values}'. Change model.likelihood or data.values."
+        )
+    if not data.artifact_observed.all() and not config.model.artifact_risk:
+        raise ConfigError(
+            f"{(~data.artifact_observed).sum()} cells have missing artifact flags, which need "
+            "model.artifact_risk = true. Switch it on, or drop these cells with data.subset(...)."
+        )
+
+
+def _label_table(data: CellData) -> pd.DataFrame:
+    table = pd.crosstab(data.labels, data.split)
+    table = table.reindex(columns=["train", "val", "test"], fill_value=0)
+    return table.rename_axis("label").rename_axis(None, axis=1).reset_index()
+
+
+class CellBatches(Dataset):
+    """Batches of cells by position, with partners where the objective wants them."""
+
+    def __init__(self, data: CellData, rows: np.ndarray, *, partner: bool, seed: int) -> None:
+        self.data = data
+        self.cells = rows
+        self.partner = partner
+        self.seed = seed
+        self.epoch = 0
+        self._is_train = np.zeros(data.n_cells, bool)
+        if partner:
+            self._is_train[np.flatnonzero(np.asarray(data.split) == "train")] = True
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw this epoch's partners."""
+        self.epoch = epoch
+        if self.partner:
+            self.partners = match_partners(
+                self.data.labels,
+                self.data.failing,
+                covariate_ids=self.data.covariates if self.data.covariates.shape[1] else None,
+                eligible=self._is_train,
+                observed=self.data.artifact_observed,
+                rng=np.random.default_rng([self.seed, epoch]),
+            )
+
+    def __getitem__(self, positions: list[int]) -> Batch:
+        """Return the batch of the cells at `positions` of this set."""
+        rows = self.cells[np.asarray(positions)]
+        batch = self.data.batch(rows)
+        if not self.partner:
+            return batch
+        partners = self.partners[rows]
+        has = np.flatnonzero(partners >= 0)
+        if not len(has):
+            return batch
+        return batch.replace(
+            partner=self.data.batch(partners[has]), partner_rows=torch.as_tensor(has)
+        )
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Shuffled batches that depend on the seed and the epoch only, so that a run can resume."""
+
+    def __init__(self, n_cells: int, batch_size: int, *, seed: int | None) -> None:
+        self.n_cells = n_cells
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.n_cells / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.arange(self.n_cells)
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n_cells)
+        for start in range(0, self.n_cells, self.batch_size):
+            yield order[start : start + self.batch_size].tolist()
+
+
+def _loader(data: CellData, config: Config, split: str) -> DataLoader:
+    rows = np.flatnonzero(np.asarray(data.split) == split)
+    dataset = CellBatches(
+        data,
+        rows,
+        partner=isinstance(config.objective.counterfactual, PartnerTerm),
+        seed=config.train.seed,
+    )
+    dataset.set_epoch(0)
+    seed = config.train.seed if split == "train" else None
+    sampler = EpochBatches(len(rows), config.train.batch_size, seed=seed)
+    return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=0)
+
+
+def _train_pair(
+    model: torch.nn.Module,
+    guide: torch.nn.Module,
+    objective: CradleELBO,
+    data: CellData,
+    config: Config,
+    *,
+    progress: bool,
+    checkpoint_dir: str | Path | None,
+    resume: bool,
+    callbacks: Sequence[L.Callback],
+) -> pd.DataFrame:
+    """Train in place, load the best parameters, return the history."""
+    from cradle_pyro.inference.checkpoint import last_checkpoint
+    from cradle_pyro.inference.loop import History, TrainingLoop, make_trainer, quiet_lightning
+
+    with ExitStack() as stack:
+        if checkpoint_dir is None:
+            checkpoint_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="cradle-"))
+        directory = Path(checkpoint_dir)
+        resume_from = last_checkpoint(directory) if resume else None
+        stack.enter_context(seeded(config.train.seed))
+        stack.enter_context(quiet_lightning())
+        train, validation = _loader(data, config, "train"), _loader(data, config, "val")
+        loop = TrainingLoop(model, guide, objective, config.train)
+        history = History()
+        trainer, best = make_trainer(
+            config.train, directory, history, progress=progress, validate=len(validation.dataset) > 0,
+            callbacks=callbacks,
+        )  # fmt: skip
+        loaders = [validation] if len(validation.dataset) else None
+        trainer.fit(loop, train, loaders, ckpt_path=resume_from)
+        if best.best_model_path:
+            loop.load_best(best.best_model_path)
+    model.cpu().eval()
+    guide.cpu().eval()
+    return history.table()

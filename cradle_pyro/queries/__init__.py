@@ -1,0 +1,1 @@
+"""Questions to a posterior: effects of interventions, profiles of cells in other worlds, latents."""
