@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from cradle_pyro.data.matching import match_partners
-from cradle_pyro.errors import DataError
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+
+from cradle_pyro.data.matching import match_partners
+from cradle_pyro.errors import DataError
 
 
 class Table(NamedTuple):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from cradle_pyro.data.split import (
     FRACTIONS,
     SPLITS,
@@ -13,8 +16,6 @@ from cradle_pyro.data.split import (
     split_perturbations,
 )
 from cradle_pyro.errors import DataError
-from hypothesis import given
-from hypothesis import strategies as st
 
 NAMES = ("control", "A", "B", "C", "D", "A+B", "A+C", "B+C", "C+D")
 seeds = st.integers(0, 10_000)
