@@ -333,7 +333,7 @@ def _with_rows(
 ) -> Any:
     """Return `old` with the changed rows in place, in its own container and number type."""
     if not changed:
-        return old.copy()
+        return old
     rows = np.concatenate([part for part, _ in changed])
     new = sparse.vstack([molecules.counts for _, molecules in changed], format="csr")
     if not sparse.issparse(old):

@@ -191,7 +191,7 @@ def simulate_perturbseq(
 
     Difficulty. With the default settings the effects read off the passing training cells (log of
     mean fractions) correlate 0.71 to 0.78 with ``ate`` (seeds 0 to 7), their spike-and-slab
-    shrinkage about 0.92, sums of single effects for the pairs 0.66 to 0.75.
+    shrinkage about 0.92, sums of single effects for the pairs 0.65 to 0.75.
 
     Artifacts. low_capture keeps a random share of all molecules. leaking loses cytoplasmic RNA
     (mitochondria and nucleus hold theirs). Both also show some ambient RNA. ambient: much soup
