@@ -182,7 +182,7 @@ class NaiveCradle(nn.Module):
         logits = self.decoder(torch.cat([z, perturbation, artifact], dim=-1))
         mean = library * torch.softmax(logits, dim=-1)
         dispersion = self.log_dispersion.exp()
-        return dist.GammaPoisson(dispersion, dispersion / mean, validate_args=False)
+        return dist.GammaPoisson(dispersion, dispersion / mean)
 
 
 def gaussian_kl(q: dist.Normal, p: dist.Normal) -> Tensor:
@@ -191,9 +191,10 @@ def gaussian_kl(q: dist.Normal, p: dist.Normal) -> Tensor:
     return 0.5 * (ratio + ((q.loc - p.loc) / p.scale) ** 2 - 1 - ratio.log()).sum(-1)
 
 
-def naive_loss(model: NaiveCradle, screen: Screen) -> Tensor:
-    """Return the published loss of a batch, in nats per cell.
+def naive_loss(model: NaiveCradle, screen: Screen) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the published loss of a batch, in nats per cell, and both branches' samples.
 
+    The samples are part of the published step, though its loss does not use them.
     The globals of the factual and the counterfactual pass are separate draws, as published.
     """
     settings = model.settings
@@ -226,8 +227,7 @@ def naive_loss(model: NaiveCradle, screen: Screen) -> Tensor:
     q_factual = model.basal(screen.counts, other.perturbation_shift, factual_shift)
     q_partner = model.basal(screen.partner, other.perturbation_shift, counterfactual_shift)
     agreement = gaussian_kl(q_partner, q_factual).mean()
-    del generated  # part of the published step, used by nothing in its loss
-    return settings.beta * agreement - elbo
+    return settings.beta * agreement - elbo, generated
 
 
 def make_screen(settings: NaiveSettings) -> Screen:
@@ -259,7 +259,7 @@ def naive_step(settings: NaiveSettings | None = None) -> Callable[[], float]:
 
     def step() -> float:
         optimiser.zero_grad()
-        loss = naive_loss(model, screen)
+        loss, _generated = naive_loss(model, screen)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimiser.step()
@@ -268,8 +268,19 @@ def naive_step(settings: NaiveSettings | None = None) -> Callable[[], float]:
     return step
 
 
+def product_rate(size: int = 2048, repeats: int = 5) -> float:
+    """Return the GFLOP/s of a large product now: the yardstick between machines and loads."""
+    left, right = torch.ones(size, size), torch.ones(size, size)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds) / 1e9
+
+
 def main() -> None:
-    """Time the published step and write the median seconds and the peak memory."""
+    """Time the published step: median seconds, peak memory, and the machine's speed meanwhile."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -278,16 +289,21 @@ def main() -> None:
     with seeded(0):
         step = naive_step()
         step()
-        seconds = []
+        seconds, processor, rates = [], [], [product_rate()]
         for _ in range(options.steps):
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             step()
             seconds.append(time.perf_counter() - start)
-    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            processor.append(time.process_time() - used)
+            rates.append(product_rate())
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     sys.stdout.write(
         f"median {statistics.median(seconds):.2f} s of {options.steps} steps "
         f"({min(seconds):.2f} to {max(seconds):.2f}), {options.threads} threads, "
-        f"peak memory {gigabytes:.2f} GiB, load average {os.getloadavg()[0]:.1f}\n"
+        f"{statistics.median(processor):.2f} processor seconds, "
+        f"peak memory {gigabytes:.2f} GB, load average {os.getloadavg()[0]:.1f}, "
+        f"large products at {statistics.median(rates):.0f} GFLOP/s "
+        f"({min(rates):.0f} to {max(rates):.0f})\n"
     )
 
 
