@@ -193,6 +193,8 @@ def test_pairs_interact_as_their_kind_says():
         singles = np.stack([effect[name] for name in pair.split("+")], axis=1)
         (low, high), *_ = np.linalg.lstsq(singles, effect[pair])
         low, high = sorted((low, high))
+        untouched = (np.abs(singles) < 0.03).all(axis=1)
+        assert (np.abs(effect[pair][untouched]).max() > 0.2) == (kind == "synergy")
         if kind == "additive":
             assert 0.8 < low <= high < 1.15
         elif kind == "synergy":
