@@ -57,12 +57,13 @@ clean:
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
 $(BIN)/python:
-	@for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
+	@python=; found=; \
+	for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
 	    if "$$candidate" -c "$(SUPPORTED)" >/dev/null 2>&1; then python="$$candidate"; break; fi; \
-	    seen=$$("$$candidate" --version 2>/dev/null) && found="$$found $$candidate is $$seen;"; \
+	    seen=$$("$$candidate" --version 2>/dev/null) && found="$$found ($$candidate is $$seen)"; \
 	done; \
 	if [ -z "$$python" ]; then \
-	    echo "cradle-pyro needs Python 3.11, 3.12 or 3.13;$${found:- none was found.} Install one, or name it: make demo PYTHON=/path/to/python3.11" >&2; \
+	    echo "cradle-pyro needs Python 3.11, 3.12 or 3.13; found$${found:- none}. Install one, or name it: make demo PYTHON=/path/to/python3.11" >&2; \
 	    exit 1; \
 	fi; \
 	echo "Creating $(VENV) with $$("$$python" --version) ..."; \
@@ -75,10 +76,10 @@ $(BIN)/python:
 # torch first and from the constraints: resolved with the rest it may be fetched as gigabytes of CUDA.
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing cradle-pyro and what it needs into $(VENV) (some minutes, once) ..."
-	@$(PIP) install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	@$(PIP) install --quiet -c constraints.txt -e ".[test]"
+	@$(PIP) install -qq -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@$(PIP) install -qq -c constraints.txt -e ".[test]"
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	@$(PIP) install --quiet -c constraints.txt -e ".[dev]"
+	@$(PIP) install -qq -c constraints.txt -e ".[dev]"
 	@touch $@
