@@ -21,10 +21,11 @@ GENES = [*(f"g{i}" for i in range(200)), *VARIABLE, "MT-CO1", "RPL3", "HBB", "KL
 
 
 def make_screen(seed=0, kind=sp.csr_matrix):
-    """Return flat genes, and six genes of the same mean which only half of the cells express."""
+    """Return flat genes, and six of middling means which only half of the cells express."""
     rng = np.random.default_rng(seed)
     rate = np.full((N_CELLS, len(GENES)), 3.0)
-    rate[:, 200:206] = np.where(np.arange(N_CELLS) % 2 == 0, 6.0, 0.0)[:, None]
+    rate[:, :200] = np.linspace(1.5, 4.5, 200)
+    rate[:, 200:206] = np.linspace(4.0, 8.0, 6) * (np.arange(N_CELLS) % 2 == 0)[:, None]
     obs = pd.DataFrame(
         {"perturbation": np.resize(["control", "KLF1", "KLF1+X"], N_CELLS)},
         index=[f"c{i}" for i in range(N_CELLS)],
@@ -54,7 +55,7 @@ def test_selection_sees_training_cells_only():
     screen = make_screen()
     train = np.arange(N_CELLS) < 80
     other = make_screen(kind=np.asarray)
-    other.X[80::2, :5] = 100.0
+    other.X[80::2, 90:120] = 12.0
     wanted = select_genes(screen, 6, train_rows=train).var_names
     assert (select_genes(other, 6, train_rows=train).var_names == wanted).all()
     assert (select_genes(other, 6, train_rows=np.arange(80)).var_names == wanted).all()
