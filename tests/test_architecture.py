@@ -24,7 +24,7 @@ LAYERS = (
     ("queries", "baselines"),
     ("evaluation",),
     ("reporting",),
-    ("cli", "__init__", "__main__"),
+    ("cli", "workflow", "__init__", "__main__"),
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
@@ -232,8 +232,9 @@ def python(code: str) -> str:
     return ran.stdout.strip()
 
 
-def test_importing_the_package_is_light() -> None:
-    code = f"import sys, {PACKAGE}; print(*(name for name in {HEAVY} if name in sys.modules))"
+@pytest.mark.parametrize("module", [PACKAGE, f"{PACKAGE}.cli"])
+def test_importing_is_light(module: str) -> None:
+    code = f"import sys, {module}; print(*(name for name in {HEAVY} if name in sys.modules))"
     assert python(code) == ""
 
 
