@@ -1,1 +1,79 @@
-"""CRADLE in Pyro: perturbation effects of single-cell CRISPR screens, artifacts disentangled."""
+"""CRADLE in Pyro: perturbation effects of single-cell CRISPR screens, freed from artifacts.
+
+The public surface; everything is imported on first use, so that importing the package is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cradle_pyro.config import Config
+    from cradle_pyro.data.confounding import confounding_report
+    from cradle_pyro.data.dataset import CellData
+    from cradle_pyro.data.prepare import prepare
+    from cradle_pyro.data.public import read_public
+    from cradle_pyro.data.qc import annotate_artifacts
+    from cradle_pyro.evaluation.evaluate import evaluate
+    from cradle_pyro.inference.checkpoint import load
+    from cradle_pyro.inference.posterior import Posterior
+    from cradle_pyro.inference.train import fit
+    from cradle_pyro.queries.effects import average_effect
+    from cradle_pyro.queries.latent import latent
+    from cradle_pyro.simulate.corrupt import corrupt
+    from cradle_pyro.simulate.perturbseq import simulate_perturbseq
+    from cradle_pyro.types import Batch, Schema
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Batch": "types",
+    "CellData": "data.dataset",
+    "Config": "config",
+    "Posterior": "inference.posterior",
+    "Schema": "types",
+    "annotate_artifacts": "data.qc",
+    "average_effect": "queries.effects",
+    "confounding_report": "data.confounding",
+    "corrupt": "simulate.corrupt",
+    "evaluate": "evaluation.evaluate",
+    "fit": "inference.train",
+    "latent": "queries.latent",
+    "load": "inference.checkpoint",
+    "prepare": "data.prepare",
+    "read_public": "data.public",
+    "simulate_perturbseq": "simulate.perturbseq",
+}
+
+__all__ = [
+    "Batch",
+    "CellData",
+    "Config",
+    "Posterior",
+    "Schema",
+    "__version__",
+    "annotate_artifacts",
+    "average_effect",
+    "confounding_report",
+    "corrupt",
+    "evaluate",
+    "fit",
+    "latent",
+    "load",
+    "prepare",
+    "read_public",
+    "simulate_perturbseq",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (PEP 562)
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cradle_pyro' has no attribute '{name}'")
+    value = getattr(import_module(f"cradle_pyro.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 _CONTROL = "\0control"
+# Entries of each accumulator (float64, four of them) that a pass over the cells may hold.
+_PASS_VALUES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -133,35 +135,43 @@ def split_half_ceiling(
     Raises
     ------
     DataError
-        When fewer than two control cells, or no group of two cells, are there.
+        When fewer than two control cells, or no group of two cells, are there, or `n_repeats` is
+        not positive.
     """
     halved = {str(label): np.asarray(rows) for label, rows in groups.items() if len(rows) >= 2}
+    if n_repeats < 1:
+        raise DataError(f"n_repeats must be at least 1, found {n_repeats}.")
     if not halved or len(control_rows) < 2:
         raise DataError(
             "a split-half ceiling needs at least two control cells and one label with two cells, "
             f"found {len(control_rows)} control cells and {len(halved)} such labels. "
             "Use a larger test split."
         )
+    arms = {**halved, _CONTROL: np.asarray(control_rows)}
     rng = np.random.default_rng(seed)
-    scores = []
-    for _ in range(n_repeats):
-        first, second = _halve({**halved, _CONTROL: np.asarray(control_rows)}, rng)
-        moments = group_moments(counts, library, {**first, **second}, values=values, chunk=chunk)
-        value = moments.value(functional).reshape(2, len(halved) + 1, -1)
-        effects = value[:, :-1] - value[:, -1:]
-        scores.append(score_effects(effects[0], effects[1]))
+    per_pass = max(_PASS_VALUES // (2 * len(arms) * counts.shape[1]), 1)
+    scores: list[dict[str, float]] = []
+    while len(scores) < n_repeats:
+        n_here = min(per_pass, n_repeats - len(scores))
+        halves = {k: rows for i in range(n_here) for k, rows in _halve(arms, rng, i).items()}
+        moments = group_moments(counts, library, halves, values=values, chunk=chunk)
+        value = moments.value(functional).reshape(n_here, 2, len(arms), -1)
+        effects = value[:, :, :-1] - value[:, :, -1:]
+        scores += [score_effects(first, second) for first, second in effects]
     return _summarise(scores)
 
 
 def _halve(
-    groups: Mapping[str, np.ndarray], rng: np.random.Generator
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    groups: Mapping[str, np.ndarray], rng: np.random.Generator, repeat: int
+) -> dict[str, np.ndarray]:
+    """Return random halves of each group: all first halves, then all second ones."""
     first, second = {}, {}
     for label, rows in groups.items():
         mixed = rng.permutation(rows)
         half = len(mixed) // 2
-        first[f"0\0{label}"], second[f"1\0{label}"] = mixed[:half], mixed[half:]
-    return first, second
+        first[f"{repeat}\0first\0{label}"] = mixed[:half]
+        second[f"{repeat}\0second\0{label}"] = mixed[half:]
+    return {**first, **second}
 
 
 def _summarise(scores: list[dict[str, float]]) -> Ceiling:

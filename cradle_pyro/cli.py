@@ -1,0 +1,252 @@
+"""The command line: each command calls one library function and says what it wrote."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from cradle_pyro.errors import CradleError, DataWarning
+
+__all__ = ["app", "main"]
+
+_USER_MISTAKE = 2
+
+cli = typer.Typer(
+    name="cradle-pyro",
+    help="Perturbation effects of single-cell CRISPR screens, freed from technical artifacts.\n\n"
+    "A screen goes through simulate (or your own h5ad), annotate, train and evaluate. "
+    "Try everything at once with: cradle-pyro demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Settings = Annotated[
+    Optional[list[str]],  # noqa: UP045 (typer reads it at run time)
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated."),
+]
+ConfigFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--config", help="TOML file with settings; it sets exactly what the flags set."),
+]
+Screen = Annotated[Path, typer.Argument(metavar="DATA.h5ad", help="The screen.", show_default=False)]
+
+
+def _console(quiet: bool) -> Console:  # noqa: FBT001
+    return Console(quiet=quiet, highlight=False, soft_wrap=True)
+
+
+@cli.command()
+def simulate(
+    out: Annotated[Path, typer.Option("--out", help="h5ad file to write.")],
+    cells: Annotated[int, typer.Option(help="Number of cells.", min=20)] = 6000,
+    genes: Annotated[int, typer.Option(help="Number of genes.", min=20)] = 1000,
+    perturbations: Annotated[int, typer.Option(help="Single perturbations.", min=2)] = 24,
+    pairs: Annotated[int, typer.Option(help="Pairs of perturbations.", min=0)] = 12,
+    seed: Annotated[int, typer.Option(help="Seed.", min=0)] = 0,
+    quiet: Quiet = False,  # noqa: FBT002
+) -> None:
+    """Write a simulated screen with known truth, artifacts included.
+
+    Example: cradle-pyro simulate --out screen.h5ad --cells 3000
+    """
+    from cradle_pyro.data.fields import write_h5ad_atomic
+    from cradle_pyro.simulate.perturbseq import simulate_perturbseq
+
+    adata = simulate_perturbseq(
+        n_cells=cells, n_genes=genes, n_perturbations=perturbations, n_pairs=pairs, seed=seed
+    )
+    write_h5ad_atomic(adata, out)
+    _console(quiet).print(f"Wrote {out}: {adata.n_obs:,} cells x {adata.n_vars:,} genes.")
+
+
+@cli.command()
+def annotate(
+    data: Screen,
+    out: Annotated[Path, typer.Option("--out", help="h5ad file to write.")],
+    n_mads: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Distance from the median, in MADs, at which a cell is flagged."),
+    ] = None,
+    fit_on: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Cells that thresholds are fitted on, as column=value; default all."),
+    ] = None,
+    layer: Annotated[Optional[str], typer.Option(help="Layer with raw counts; default X.")] = None,  # noqa: UP045
+    config: ConfigFile = None,
+    settings: Settings = None,
+    quiet: Quiet = False,  # noqa: FBT002
+) -> None:
+    """Flag cells that fail quality control; no cell is dropped.
+
+    Example: cradle-pyro annotate screen.h5ad --out annotated.h5ad --n-mads 3
+    """
+    from cradle_pyro.data.fields import read_screen, write_h5ad_atomic
+    from cradle_pyro.data.prepare import annotate as annotate_as_configured
+
+    flags = {"qc.n_mads": n_mads, "data.layer": layer}
+    resolved = _config(config, settings, flags)
+    adata = read_screen(data)
+    annotate_as_configured(adata, resolved.data, resolved.qc, fit_on=fit_on)
+    write_h5ad_atomic(adata, out)
+    share = adata.obs["cradle_artifact"].mean()
+    _console(quiet).print(f"Wrote {out}: {share:.1%} of {adata.n_obs:,} cells carry an artifact flag.")
+
+
+@cli.command()
+def train(
+    data: Screen,
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run directory to write.")],
+    config: ConfigFile = None,
+    settings: Settings = None,
+    perturbation_key: Annotated[
+        Optional[str], typer.Option(help="Column with perturbation labels.")  # noqa: UP045
+    ] = None,
+    control: Annotated[Optional[str], typer.Option(help="Label of control cells.")] = None,  # noqa: UP045
+    layer: Annotated[Optional[str], typer.Option(help="Layer with raw counts; default X.")] = None,  # noqa: UP045
+    library_key: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Column with the whole-transcriptome total, for gene panels."),
+    ] = None,
+    covariate_key: Annotated[
+        Optional[list[str]], typer.Option(help="Categorical column; may be repeated.")  # noqa: UP045
+    ] = None,
+    split_key: Annotated[
+        Optional[str], typer.Option(help="Column with train, val and test.")  # noqa: UP045
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")
+    ] = False,  # noqa: FBT002
+    quiet: Quiet = False,  # noqa: FBT002
+) -> None:
+    """Train a model on a screen and write a run directory.
+
+    Cells without artifact flags are annotated first, with thresholds from training cells.
+
+    Example: cradle-pyro train annotated.h5ad --out runs/a --set train.max_epochs=30
+    """
+    from cradle_pyro.workflow import train_run
+
+    flags = {
+        "data.perturbation_key": perturbation_key,
+        "data.control": control,
+        "data.layer": layer,
+        "data.library_key": library_key,
+        "data.covariate_keys": covariate_key or None,
+        "split.key": split_key,
+        "split.method": "column" if split_key else None,
+    }
+    resolved = _config(config, settings, flags)
+    posterior = train_run(data, out, resolved, resume=resume, progress=not quiet)
+    _console(quiet).print(_training_summary(posterior, out))
+
+
+@cli.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
+    out: Annotated[
+        Optional[Path], typer.Option("--out", help="JSON file; default RUN/metrics.json.")  # noqa: UP045
+    ] = None,
+    data: Annotated[
+        Optional[Path], typer.Option("--data", help="The screen; default the path in the run.")  # noqa: UP045
+    ] = None,
+    quiet: Quiet = False,  # noqa: FBT002
+) -> None:
+    """Score a run on held-out cells, beside ceilings and simple baselines.
+
+    Example: cradle-pyro evaluate runs/a --out metrics.json
+    """
+    from cradle_pyro.reporting.table import render
+    from cradle_pyro.workflow import evaluate_run
+
+    evaluation, path = evaluate_run(run, data=data, out=out)
+    console = _console(quiet)
+    for table in render(evaluation):
+        console.print(table)
+    console.print(f"Wrote {path}.")
+
+
+@cli.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed.", min=0)] = 0,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A small screen and short training, to see it run.")
+    ] = False,  # noqa: FBT002
+    config: ConfigFile = None,
+    settings: Settings = None,
+    quiet: Quiet = False,  # noqa: FBT002
+) -> None:
+    """Simulate, annotate, train and evaluate a screen: the whole story in minutes.
+
+    Example: cradle-pyro demo --out demo
+    """
+    from cradle_pyro.reporting.table import render
+    from cradle_pyro.workflow import run_demo
+
+    console = _console(quiet)
+    resolved = _config(config, settings, {}) if config or settings else None
+    evaluation, report = run_demo(
+        out, resolved, seed=seed, smoke=smoke, progress=not quiet, say=console.print
+    )
+    for table in render(evaluation):
+        console.print(table)
+    console.print(f"Report: {report}")
+
+
+def _config(path: Path | None, settings: list[str] | None, flags: dict[str, object]):  # noqa: ANN202
+    """Return the configuration of a file, then flags, then --set."""
+    from cradle_pyro.config import Config
+
+    config = Config.from_toml(path) if path is not None else Config()
+    given = [f"{key}={_as_toml(value)}" for key, value in flags.items() if value is not None]
+    return config.with_settings([*given, *(settings or [])])
+
+
+def _as_toml(value: object) -> str:
+    import json
+
+    return json.dumps(value)
+
+
+def _training_summary(posterior, out: Path) -> str:  # noqa: ANN001
+    history = posterior.history
+    best = history["val_loss"].min() if "val_loss" in history else history["train_loss"].iloc[-1]
+    return (
+        f"Wrote {out}: {len(history)} epochs, best validation loss {best:.2f} nats per cell. "
+        f"Next: cradle-pyro evaluate {out}"
+    )
+
+
+def app(arguments: list[str] | None = None) -> int:
+    """Run the command line; return 0 on success and 2 on a user's mistake."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:  # noqa: ANN001
+        if issubclass(category, DataWarning):
+            console.print(f"[yellow]Warning:[/yellow] {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", DataWarning)
+        warnings.showwarning = show
+        try:
+            cli(args=arguments, standalone_mode=True)
+        except CradleError as error:
+            console.print(f"[red]Error:[/red] {error}", markup=True)
+            return _USER_MISTAKE
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code (the console script)."""
+    sys.exit(app())

@@ -1,0 +1,231 @@
+"""A run's evaluation: scores beside ceilings and baselines, never alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cradle_pyro.baselines.predictor import Predictor
+from cradle_pyro.baselines.simple import default_baselines
+from cradle_pyro.data.dataset import CellData
+from cradle_pyro.data.groups import cell_groups
+from cradle_pyro.errors import CheckpointError, DataError
+from cradle_pyro.evaluation.metrics import score_effects
+from cradle_pyro.evaluation.predictive import generated_qc, held_out_density
+from cradle_pyro.evaluation.reference import group_effects, split_half_ceiling
+from cradle_pyro.evaluation.truth import Truth, profile_errors
+from cradle_pyro.inference.posterior import Posterior
+from cradle_pyro.queries.effects import effect_draws, generated_effects
+
+__all__ = ["Evaluation", "evaluate"]
+
+MODEL = "cradle"
+CEILING = "ceiling"
+_SETS = ("seen", "held_out")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Parameters
+    ----------
+    scores
+        Tidy table: reference ("cells" or "truth"), labels ("seen" or "held_out"), predictor,
+        metric, value, n_labels.
+    facts
+        Everything else: densities, generated QC, profile errors, sizes and settings.
+    """
+
+    scores: pd.DataFrame
+    facts: dict[str, Any]
+
+    def table(self, metrics: Sequence[str] = ("ate_rho", "ate_r2", "ate_rho_top20", "jaccard_top20")) -> pd.DataFrame:  # fmt: skip
+        """Return a readable table, one row per reference, label set and predictor."""
+        kept = self.scores[self.scores["metric"].isin(metrics)]
+        wide = kept.pivot_table(
+            index=["reference", "labels", "predictor"], columns="metric", values="value", sort=False
+        )
+        return wide.reindex(columns=list(metrics))
+
+    def write(self, path: str | Path) -> Path:
+        """Write ``metrics.json`` atomically and return its path."""
+        path = Path(path)
+        content = {"facts": self.facts, "scores": self.scores.to_dict("records")}
+        staging = path.with_name(f".{path.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staging.write_text(json.dumps(_plain(content), indent=1), encoding="utf-8")
+            os.replace(staging, path)
+        except OSError as error:
+            raise CheckpointError(f"Could not write '{path}': {error}.") from error
+        finally:
+            staging.unlink(missing_ok=True)
+        return path
+
+
+def evaluate(
+    posterior: Posterior,
+    data: CellData,
+    *,
+    truth: Truth | None = None,
+    baselines: Sequence[Predictor] | None = None,
+) -> Evaluation:
+    """Score a posterior on held-out cells, beside a ceiling and baselines.
+
+    Parameters
+    ----------
+    posterior
+        A fitted pair.
+    data
+        All cells with the split the model was trained under. References come from passing test
+        cells only; baselines are fitted on training cells.
+    truth
+        Known truth of a simulated screen, see :func:`~cradle_pyro.evaluation.truth.truth_of`.
+    baselines
+        Predictors to compare with; the default set if omitted.
+
+    Returns
+    -------
+    Evaluation
+        Effects are compared as means over cells of log2(1 + 1e4 counts / library): the model's on
+        generated counts, with libraries of the cells compared with (DESIGN section 6).
+
+    Raises
+    ------
+    DataError
+        If there are no test cells, or no label has enough of them.
+    """
+    if data.split is None or not (np.asarray(data.split) == "test").any():
+        raise DataError("Evaluation needs test cells: give the data the split it was trained with.")
+    train, test = data.where(split="train"), data.where(split="test")
+    tables = [_score_cells(posterior, train, test, baselines)]
+    options = posterior.config.evaluation
+    facts: dict[str, Any] = {
+        "n_train": train.n_cells,
+        "n_test": test.n_cells,
+        "failing_share": float(data.failing.mean()),
+        "settings": options.model_dump(mode="json"),
+    }
+    if data.values == "counts":
+        facts |= _predictive_facts(posterior, train, test)
+    if truth is not None:
+        tables.append(_score_truth(posterior, train, truth, baselines))
+        facts["profiles"] = profile_errors(posterior, data, truth, seed=options.seed)
+    return Evaluation(pd.concat(tables, ignore_index=True), facts)
+
+
+def _score_cells(
+    posterior: Posterior, train: CellData, test: CellData, baselines: Sequence[Predictor] | None
+) -> pd.DataFrame:
+    options = posterior.config.evaluation
+    groups = cell_groups(test, options.grouping, min_cells=options.min_cells, passing=True)
+    control = groups.pop(test.schema.control)
+    if not groups:
+        raise DataError(
+            f"No perturbation has {options.min_cells} passing test cells; lower "
+            "evaluation.min_cells or enlarge the test split."
+        )
+    seen = set(cell_groups(train, options.grouping))
+    fitted = [b.fit(train) for b in baselines or default_baselines("mean_log", options.grouping)]
+    rows = []
+    for name in _SETS:
+        chosen = {k: v for k, v in groups.items() if (k in seen) == (name == "seen")}
+        if not chosen:
+            continue
+        reference = group_effects(
+            test.counts, test.library, chosen, control, functional="mean_log", values=test.values
+        )
+        estimate = generated_effects(
+            posterior,
+            list(chosen),
+            [test.library[cells] for cells in chosen.values()],
+            test.library[control],
+            draws=options.draws,
+            n_cells=options.n_controls,
+            seed=options.seed,
+        )
+        ceiling = split_half_ceiling(
+            test.counts, test.library, chosen, control, functional="mean_log", values=test.values,
+            n_repeats=options.split_half_repeats, seed=options.seed,
+        )  # fmt: skip
+        scores = {MODEL: score_effects(estimate, reference)}
+        scores |= {b.name: score_effects(b.predict(list(chosen)), reference) for b in fitted}
+        scores[CEILING] = ceiling.replicate
+        rows += _tidy("cells", name, scores, len(chosen))
+    return pd.DataFrame(rows)
+
+
+def _score_truth(
+    posterior: Posterior, train: CellData, truth: Truth, baselines: Sequence[Predictor] | None
+) -> pd.DataFrame:
+    options = posterior.config.evaluation
+    fitted = [b.fit(train) for b in baselines or default_baselines("log_mean", options.grouping)]
+    trained = set(train.labels.tolist())
+    rows = []
+    for name in _SETS:
+        chosen = [i for i, k in enumerate(truth.labels) if (k in trained) == (name == "seen")]
+        if not chosen:
+            continue
+        labels, reference = [truth.labels[i] for i in chosen], truth.effects[chosen]
+        draws = effect_draws(
+            posterior, labels, draws=options.draws, n_cells=options.n_controls, seed=options.seed
+        )
+        scores = {MODEL: score_effects(draws.mean(0), reference)}
+        scores |= {b.name: score_effects(b.predict(labels), reference) for b in fitted}
+        rows += _tidy("truth", name, scores, len(chosen))
+    return pd.DataFrame(rows)
+
+
+def _predictive_facts(posterior: Posterior, train: CellData, test: CellData) -> dict[str, Any]:
+    options = posterior.config.evaluation
+    rng = np.random.default_rng(options.seed)
+    size = min(options.n_density_cells, test.n_cells)
+    cells = test.subset(np.sort(rng.permutation(test.n_cells)[:size]))
+    density = held_out_density(posterior, cells, seed=options.seed)
+    qc = generated_qc(posterior, train, test, seed=options.seed)
+    return {
+        "density": {
+            "iwelbo_nats_per_cell": float(density.mean()),
+            "standard_error": float(density.std(ddof=1) / np.sqrt(size)) if size > 1 else None,
+            "n_cells": size,
+        },
+        "generated_qc": qc._asdict(),
+    }
+
+
+def _tidy(
+    reference: str, labels: str, scores: Mapping[str, Mapping[str, float]], n_labels: int
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "reference": reference,
+            "labels": labels,
+            "predictor": predictor,
+            "metric": metric,
+            "value": float(value),
+            "n_labels": n_labels,
+        }
+        for predictor, values in scores.items()
+        for metric, value in values.items()
+    ]
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+    """Return `value` for JSON: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    return value

@@ -1,0 +1,193 @@
+"""Whole jobs on files, as the command line offers them: train a run, evaluate it, the demo."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from cradle_pyro.config import Config
+from cradle_pyro.data.confounding import confounding_report, warn_confounding
+from cradle_pyro.data.fields import read_screen, write_h5ad_atomic
+from cradle_pyro.data.prepare import prepare
+from cradle_pyro.errors import DataError
+from cradle_pyro.evaluation.evaluate import Evaluation
+from cradle_pyro.evaluation.evaluate import evaluate as evaluate_posterior
+from cradle_pyro.evaluation.truth import truth_of
+from cradle_pyro.inference.checkpoint import load
+from cradle_pyro.inference.posterior import Posterior
+from cradle_pyro.inference.train import fit
+from cradle_pyro.reporting.table import write_text_report
+from cradle_pyro.simulate.perturbseq import simulate_perturbseq
+
+__all__ = ["evaluate_run", "run_demo", "train_run"]
+
+_SPLIT = "cradle_split"
+_DEMO = {
+    "data.layer": '"counts"',
+    "split.method": '"combinations"',
+}
+_SMOKE = {
+    "train.max_epochs": "2",
+    "model.n_latents": "4",
+    "model.decoder.hidden": "32",
+    "guide.encoder.hidden": "32",
+    "evaluation.draws": "3",
+    "evaluation.n_controls": "20",
+    "evaluation.n_density_cells": "20",
+    "evaluation.min_cells": "2",
+    "evaluation.split_half_repeats": "3",
+}
+
+
+def train_run(
+    path: str | Path,
+    out: str | Path,
+    config: Config,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+) -> Posterior:
+    """Train on the screen at `path`, write the run directory `out`, and return the posterior.
+
+    Raises
+    ------
+    CradleError
+        For a mistake in the data, the configuration or the directory, before long work.
+    """
+    path, out = Path(path), Path(out)
+    adata = read_screen(path)
+    return _train(adata, path, out, config, resume=resume, progress=progress)
+
+
+def _train(
+    adata: AnnData, path: Path, out: Path, config: Config, *, resume: bool, progress: bool
+) -> Posterior:
+    _check_writable(out)
+    prepared = prepare(adata, config)
+    data = prepared.data
+    covariates = _covariate_table(prepared.adata, config)
+    warn_confounding(
+        confounding_report(
+            data.labels, data.failing, control=data.schema.control, covariates=covariates
+        )
+    )
+    posterior = fit(
+        data, config, progress=progress, checkpoint_dir=out / "checkpoints", resume=resume
+    )
+    facts = dict(posterior.facts) | {"data": str(path.resolve())}
+    posterior = dataclasses.replace(posterior, facts=facts)
+    posterior.save(out)
+    pd.DataFrame({"cell": data.obs_names, "split": data.split}).to_csv(
+        out / "split.csv", index=False
+    )
+    return posterior
+
+
+def evaluate_run(
+    run: str | Path, *, data: str | Path | None = None, out: str | Path | None = None
+) -> tuple[Evaluation, Path]:
+    """Evaluate the run directory `run`; return the evaluation and the path of its metrics.
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    data
+        The screen it was trained on; the recorded path if omitted.
+    out
+        JSON file; ``metrics.json`` in the run directory if omitted.
+
+    Raises
+    ------
+    DataError
+        If the screen is not the one that the run was trained on.
+    """
+    run = Path(run)
+    posterior = load(run)
+    path = Path(data) if data is not None else Path(posterior.facts.get("data", ""))
+    adata = read_screen(path)
+    return _evaluate(posterior, adata, path, Path(out) if out else run / "metrics.json")
+
+
+def _evaluate(
+    posterior: Posterior, adata: AnnData, path: Path, out: Path
+) -> tuple[Evaluation, Path]:
+    prepared = prepare(adata, posterior.config)
+    if prepared.data.fingerprint != posterior.facts["fingerprint"]:
+        raise DataError(
+            f"'{path}' is not the screen this run was trained on: its fingerprint differs. "
+            "Give the same file with --data."
+        )
+    evaluation = evaluate_posterior(posterior, prepared.data, truth=truth_of(prepared.adata))
+    return evaluation, evaluation.write(out)
+
+
+def run_demo(
+    out: str | Path,
+    config: Config | None = None,
+    *,
+    seed: int = 0,
+    smoke: bool = False,
+    progress: bool = True,
+    say: Callable[[str], object] = lambda text: None,
+) -> tuple[Evaluation, Path]:
+    """Simulate, annotate, train and evaluate; return the evaluation and the report's path.
+
+    Parameters
+    ----------
+    out
+        Directory for screen.h5ad, the run and report.md.
+    config
+        Settings; by default those of the demo: counts layer, a quarter of the pairs held out.
+    seed
+        Seed of the screen, the split and the training.
+    smoke
+        A small screen and a short training.
+    progress
+        Show a progress bar.
+    say
+        Called with a line on each step.
+    """
+    out = Path(out)
+    _check_writable(out)
+    settings = _DEMO | (_SMOKE if smoke else {})
+    if config is None:
+        config = Config().with_settings([f"{key}={value}" for key, value in settings.items()])
+    config = config.with_settings([f"split.seed={seed}", f"train.seed={seed}"])
+    size = {"n_cells": 400, "n_genes": 80, "n_perturbations": 5, "n_pairs": 3} if smoke else {}
+    adata = simulate_perturbseq(seed=seed, **size)
+    say(f"Simulated {adata.n_obs:,} cells x {adata.n_vars:,} genes with known truth.")
+    prepared = prepare(adata, config)
+    path = out / "screen.h5ad"
+    prepared.adata.obs[_SPLIT] = prepared.data.split
+    write_h5ad_atomic(prepared.adata, path)
+    share = float(np.mean(prepared.data.failing))
+    say(f"Annotated artifacts with thresholds from training cells: {share:.1%} of cells flagged.")
+    config = config.with_settings(["split.method=column", f"split.key={_SPLIT}"])
+    say(f"Training for up to {config.train.max_epochs} epochs ...")
+    posterior = _train(
+        prepared.adata, path, out / "run", config, resume=False, progress=progress
+    )
+    say("Evaluating on held-out cells and against the truth ...")
+    evaluation, _ = _evaluate(posterior, prepared.adata, path, out / "run" / "metrics.json")
+    return evaluation, write_text_report(evaluation, out / "report.md")
+
+
+def _covariate_table(adata: AnnData, config: Config) -> pd.DataFrame | None:
+    keys = list(config.data.covariate_keys)
+    return adata.obs[keys].astype(str) if keys else None
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"Cannot write to '{path}': {error}. Choose another --out.") from error
+    if not os.access(path, os.W_OK):
+        raise DataError(f"Cannot write to '{path}': permission denied. Choose another --out.")
