@@ -16,6 +16,7 @@ from scipy.stats import binomtest, fisher_exact
 
 from cradle_pyro.data.confounding import confounding_report, warn_confounding
 from cradle_pyro.data.qc import (
+    QCCut,
     QCPrefixes,
     QCThresholds,
     annotate_artifacts,
@@ -161,6 +162,14 @@ def test_severity_is_one_half_at_twice_the_threshold():
     thresholds = fit_thresholds({"pct_mito": np.array([9.0, 10.0, 11.0])}, 3)
     severity = qc_severities({"pct_mito": np.array([13.0, 13.01, 16.0, 1e9])}, thresholds)
     np.testing.assert_allclose(severity["high_mito"], [0, 0.01, 0.5, 1], atol=1e-6)
+
+
+def test_a_value_at_the_threshold_passes():
+    cuts = {"low_counts": QCCut(float(np.log1p(7.0)), 3.0, 0.5), "high_mito": QCCut(9.0, 3.0, 2.0)}
+    metrics = {"counts": np.array([6.0, 7.0, 8.0]), "pct_mito": np.array([8.0, 9.0, 10.0])}
+    flags = qc_flags(metrics, QCThresholds(3.0, cuts))
+    assert flags["low_counts"].tolist() == [True, False, False]
+    assert flags["high_mito"].tolist() == [False, False, True]
 
 
 def test_doublet_severity_runs_from_the_cut_to_one():

@@ -49,8 +49,8 @@ def test_stratified_split_keeps_the_fractions_in_each_label(seed, n_labels):
         assert (np.abs(sizes - np.array(FRACTIONS) * len(inside)) <= 1.5).all()
 
 
-def test_every_cell_is_equally_likely_to_be_in_test():
-    labels = np.repeat(np.arange(4), 5)
+@pytest.mark.parametrize("labels", [np.repeat(np.arange(4), 5), np.arange(20)])
+def test_every_cell_is_equally_likely_to_be_in_test(labels):
     in_test = np.mean(
         [split_cells(20, seed=seed, stratify=labels) == "test" for seed in range(2000)], axis=0
     )
@@ -77,11 +77,11 @@ def test_held_out_combinations_are_in_test_and_nothing_else_is_held_out(seed, he
 
 @given(seed=seeds)
 def test_a_random_choice_of_combinations_leaves_each_perturbation_seen(seed):
-    # X and Y occur in one combination only: it can never be held out.
-    labels = make_labels(names=("control", "A", "B", "A+B", "X+Y", "A+X"))
+    # Y occurs in one combination only, which can never be held out; X in two, of which one can.
+    labels = make_labels(names=("control", "A", "B", "A+B", "X+Y", "A+X", "Z+A", "Z+B"))
     split = split_combinations(labels, held_out=0.9, seed=seed)
     trained = {name for label in set(labels[split == "train"]) for name in label.split("+")}
-    assert {"A", "B", "X", "Y"} <= trained
+    assert {"A", "B", "X", "Y", "Z"} <= trained
 
 
 def test_leave_one_pair_out_in_any_order_of_names():

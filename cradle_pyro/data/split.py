@@ -79,9 +79,11 @@ def split_cells(
             raise DataError(
                 f"stratify must have one label per cell ({n_cells}), found {len(codes)}."
             )
-        order = order[np.argsort(codes[order], kind="stable")]
+        # Labels in random order: else the names of rare labels would decide where they fall.
+        rank = rng.permutation(int(codes.max()) + 1)[codes]
+        order = order[np.argsort(rank[order], kind="stable")]
     split = np.empty(n_cells, dtype="<U5")
-    split[order] = _interleaved(n_cells, shares, rng)
+    split[order] = _interleaved(n_cells, shares)
     return split
 
 
@@ -264,9 +266,7 @@ def _checked_fractions(fractions: Sequence[float]) -> NDArray[np.float64]:
     return shares
 
 
-def _interleaved(
-    n_cells: int, shares: NDArray[np.float64], rng: np.random.Generator
-) -> NDArray[np.str_]:
+def _interleaved(n_cells: int, shares: NDArray[np.float64]) -> NDArray[np.str_]:
     """Return the split words in exact numbers, each spread evenly over the positions.
 
     A run of consecutive positions (a stratum) then has each word in about its share.
@@ -274,7 +274,7 @@ def _interleaved(
     exact = shares * n_cells
     sizes = np.floor(exact).astype(int)
     sizes[np.argsort(sizes - exact, kind="stable")[: n_cells - sizes.sum()]] += 1
-    keys = np.concatenate([(np.arange(size) + rng.random()) / max(size, 1) for size in sizes])
+    keys = np.concatenate([(np.arange(size) + 0.5) / max(size, 1) for size in sizes])
     return np.repeat(np.array(SPLITS), sizes)[np.argsort(keys, kind="stable")]
 
 
