@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from anndata import AnnData, read_h5ad
 from scipy import integrate, sparse, stats
 
 from cradle_pyro.baselines.predictor import FittedPredictor, Predictor
@@ -19,6 +22,7 @@ from cradle_pyro.baselines.simple import (
     default_baselines,
     effect_standard_errors,
 )
+from cradle_pyro.data.dataset import CellData
 from cradle_pyro.data.groups import cell_groups, group_moments, label_groups, marginal_groups
 from cradle_pyro.errors import DataError, QueryError
 from cradle_pyro.evaluation.metrics import ate_correlation, rmse
@@ -269,6 +273,45 @@ def test_mistake_08_reference_and_fit_see_only_the_cells_they_are_given() -> Non
     )
 
 
+def make_anndata(screen: Screen) -> AnnData:
+    cells = screen.cells
+    obs = pd.DataFrame(
+        {"perturbation": cells.labels, "cradle_artifact": cells.failing},
+        index=[f"cell{i}" for i in range(cells.n_cells)],
+    )
+    var = pd.DataFrame(index=list(cells.schema.genes))
+    return AnnData(sparse.csr_matrix(cells.counts), obs=obs, var=var)
+
+
+@pytest.mark.filterwarnings("ignore::cradle_pyro.errors.DataWarning")
+def test_cell_data_in_memory_and_on_disk_give_the_same_predictions(tmp_path: Path) -> None:
+    screen = make_screen(n_genes=30, n_targets=6, cells_per_label=15)
+    adata = make_anndata(screen)
+    adata.write_h5ad(tmp_path / "screen.h5ad")
+    backed = read_h5ad(tmp_path / "screen.h5ad", backed="r")
+    options = {"artifact": "any", "artifact_keys": ["cradle_artifact"]}
+    order = np.random.default_rng(0).permutation(adata.n_obs)[:-20]
+    labels = ["T0", "T0+T1", "T4+T5"]
+    expected = TrainingMean().fit(screen.cells.subset(order))
+    for source in (adata, backed):
+        data = CellData.from_anndata(source, **options)
+        library = screen.cells.library[order]
+        fitted = TrainingMean().fit(replace(data.subset(order), library=library))
+        np.testing.assert_allclose(fitted.predict(labels), expected.predict(labels), atol=1e-5)
+        groups = marginal_groups(data)
+        np.testing.assert_array_equal(groups["T0"], marginal_groups(screen.cells)["T0"])
+    backed.file.close()
+
+
+def test_a_dosage_stored_as_zero_is_no_dosage() -> None:
+    cells = make_screen().cells
+    design = sparse.csr_array(cells.perturbation, copy=True)
+    design.data[:5] = 0.0
+    assert len(marginal_groups(cells)["control"]) > 0
+    marginal = marginal_groups(replace(cells, perturbation=design))
+    assert len(marginal["control"]) == len(marginal_groups(cells)["control"]) + 5
+
+
 # --- empirical Bayes ----------------------------------------------------------------------------
 
 
@@ -346,6 +389,62 @@ def test_labels_get_their_own_sparsity() -> None:
     assert rmse(own.mean, truth) < rmse(pooled.mean, truth)
 
 
+def test_shared_control_noise_under_a_normal_prior_equals_the_joint_gaussian_posterior() -> None:
+    rng = np.random.default_rng(5)
+    effects, errors = rng.normal(size=(6, 4)), rng.gamma(4.0, 0.1, (6, 4)) + 0.1
+    control, prior = np.array([0.1, 0.5, 1.0, 0.0]), 0.7
+    result = posterior_moments(
+        effects, errors, np.array([prior]), np.array([0.0, 1.0]), control_errors=control
+    )
+    evidence = 0.0
+    for gene in range(4):
+        noise = np.diag(errors[:, gene] ** 2) + control[gene] ** 2
+        gain = prior**2 * np.linalg.inv(noise + prior**2 * np.eye(6))
+        np.testing.assert_allclose(result.mean[:, gene], gain @ effects[:, gene], atol=1e-5)
+        spread = np.sqrt(np.diag(prior**2 * (np.eye(6) - gain)))
+        np.testing.assert_allclose(result.sd[:, gene], spread, atol=1e-5)
+        evidence += stats.multivariate_normal.logpdf(
+            effects[:, gene], cov=noise + prior**2 * np.eye(6)
+        )
+    assert result.log_likelihood == pytest.approx(evidence, abs=1e-4)
+
+
+def test_shared_control_noise_under_a_sparse_prior_equals_numerical_integration() -> None:
+    effects, errors = np.array([[0.9], [1.1], [-2.0]]), np.array([[0.4], [0.3], [0.5]])
+    weights, sds, control = np.array([0.6, 0.3, 0.1]), np.array([0.5, 2.0]), 0.8
+    result = posterior_moments(effects, errors, sds, weights, control_errors=np.array([control]))
+    shifts = np.linspace(-6 * control, 6 * control, 4001)
+    mass = stats.norm.pdf(shifts, scale=control)
+    parts = []
+    for value, error in zip(effects[:, 0], errors[:, 0], strict=True):
+        spread = np.sqrt(error**2 + np.append(0.0, sds) ** 2)
+        density = weights[:, None] * stats.norm.pdf(value + shifts, scale=spread[:, None])
+        gain = np.append(0.0, sds) ** 2 / spread**2
+        parts.append((gain @ density * (value + shifts) / density.sum(axis=0), density.sum(axis=0)))
+    mass *= np.prod([density for _, density in parts], axis=0)
+    expected = [(mass * mean).sum() / mass.sum() for mean, _ in parts]
+    np.testing.assert_allclose(result.mean[:, 0], expected, atol=1e-6)
+
+
+def test_many_labels_tell_the_error_of_the_control() -> None:
+    rng = np.random.default_rng(6)
+    truth = rng.normal(0, 1.0, (60, 300)) * (rng.random((60, 300)) < 0.05)
+    control = np.full(300, 0.3)
+    observed = truth + rng.normal(0, 0.3, truth.shape) - rng.normal(0, control)
+    joint = shrink(observed, np.full(truth.shape, 0.3), control_errors=control)
+    apart = shrink(observed, np.full(truth.shape, np.hypot(0.3, 0.3)))
+    assert rmse(joint.mean, truth) < 0.85 * rmse(apart.mean, truth)
+
+
+def test_an_offset_beyond_the_controls_noise_is_an_effect() -> None:
+    """What all perturbations share is not explained away as an error of a precise control."""
+    rng = np.random.default_rng(7)
+    observed = 1.0 + rng.normal(0, 0.1, (30, 200))
+    result = shrink(observed, np.full(observed.shape, 0.1), control_errors=np.full(200, 0.02))
+    assert np.abs(result.mean - 1.0).max() < 0.5
+    assert result.mean.mean() == pytest.approx(1.0, abs=0.05)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
 def test_standard_errors_must_be_positive_numbers(bad: float) -> None:
     with pytest.raises(DataError, match="standard errors"):
@@ -358,7 +457,8 @@ def test_standard_errors_are_the_spread_over_screens(functional: str) -> None:
     cells = make_screen(density=0.0, cells_per_label=120).cells
     cells = cells.subset(np.flatnonzero(~cells.failing))
     moments = group_moments(cells.counts, cells.library, label_groups(cells))
-    errors, scale = effect_standard_errors(moments, "control", functional=functional)
+    noise = effect_standard_errors(moments, "control", functional=functional)
+    errors, scale = noise.total, noise.scale
     value = moments.value(functional)
     at = moments.row("control")
     effects = np.delete(value - value[at], at, axis=0)
@@ -376,8 +476,8 @@ def test_a_few_cells_without_a_count_are_not_certainty() -> None:
     unseen = np.delete(unseen, moments.row("control"), axis=0)
     assert unseen.any()
     for functional in ("log_mean", "mean_log"):
-        errors, _ = effect_standard_errors(moments, "control", functional=functional)
-        assert errors[unseen].min() > 0.05
+        noise = effect_standard_errors(moments, "control", functional=functional)
+        assert noise.total[unseen].min() > 0.05
 
 
 @pytest.mark.parametrize("functional", ["log_mean", "mean_log"])

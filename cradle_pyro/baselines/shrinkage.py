@@ -1,11 +1,13 @@
 """Empirical-Bayes shrinkage of many noisy effects towards a sparse prior.
 
-Effects x_pg = theta_pg + noise, noise ~ Normal(0, se_pg^2), and
+Effects of labels p on genes g, all measured against the same control cells:
 
-    theta_pg ~ sum_k w_pk Normal(0, (tau_k c_g)^2),     tau_0 = 0 (the spike) < tau_1 < ...
+    x_pg = theta_pg - c_g + noise_pg,    noise_pg ~ Normal(0, se_pg^2),    c_g ~ Normal(0, s_g^2)
+    theta_pg ~ sum_k w_pk Normal(0, (tau_k a_g)^2),    tau_0 = 0 (the spike) < tau_1 < ...
 
-with known scales c_g. The weights maximise the marginal likelihood; the estimate is the posterior
-mean. With several slab components this is adaptive shrinkage.
+c_g is the error of the control's profile, one for all labels; a_g are known scales. The weights
+maximise the marginal likelihood of the entries; the estimate is the posterior mean, with c_g
+integrated out numerically. With several slab components this is adaptive shrinkage.
 
 References
 ----------
@@ -21,12 +23,15 @@ import numpy as np
 
 from cradle_pyro.errors import DataError
 
-__all__ = ["Shrunken", "fit_weights", "posterior_moments", "shrink"]
+__all__ = ["Shrunken", "default_slab_sds", "fit_weights", "posterior_moments", "shrink"]
+
+_BLOCK_VALUES = 2_000_000
+_MOST_NODES = 257
 
 
 @dataclass(frozen=True)
 class Shrunken:
-    """Posterior of many effects under a fitted spike-and-slab prior.
+    """Posterior of many effects under a spike-and-slab prior.
 
     Parameters
     ----------
@@ -36,6 +41,8 @@ class Shrunken:
         Posterior probability of the spike, shape (labels, genes).
     weights
         Prior weight of each component, spike first, shape (labels, components).
+    slab_sds
+        Standard deviations tau of the slab components.
     log_likelihood
         Marginal log-likelihood of all effects, nats.
     """
@@ -44,6 +51,7 @@ class Shrunken:
     sd: np.ndarray
     null_probability: np.ndarray
     weights: np.ndarray
+    slab_sds: np.ndarray
     log_likelihood: float
 
 
@@ -51,9 +59,10 @@ def shrink(
     effects: np.ndarray,
     standard_errors: np.ndarray,
     *,
+    control_errors: np.ndarray | None = None,
     slab_sds: np.ndarray | None = None,
     scale: np.ndarray | float = 1.0,
-    pseudo_entries: float = 50.0,
+    pseudo_entries: float = 10.0,
     n_iterations: int = 200,
 ) -> Shrunken:
     """Return the empirical-Bayes posterior of effects given their standard errors.
@@ -61,12 +70,15 @@ def shrink(
     Parameters
     ----------
     effects, standard_errors
-        Observed effects and the standard deviation of their noise, shape (labels, genes).
+        Observed effects and the standard deviation of their own noise, shape (labels, genes).
+    control_errors
+        Standard deviation of the noise that all labels share through the control cells, shape
+        (genes,). Default: none; then `standard_errors` are those of the differences.
     slab_sds
         Standard deviations tau of the slab components, ascending, unit of `effects` over that of
-        `scale`. Default: a geometric grid over the range that the effects allow.
+        `scale`. Default: `default_slab_sds`.
     scale
-        Factor c of the slab standard deviations, broadcast to (labels, genes).
+        Factor a of the slab standard deviations, broadcast to (labels, genes).
     pseudo_entries
         How many entries the weights pooled over labels count for in each label's own weights.
         Infinite: one set of weights for all labels.
@@ -78,19 +90,18 @@ def shrink(
     DataError
         When shapes differ or a standard error is not positive.
     """
-    effects = np.asarray(effects, dtype=np.float64)
-    errors = np.broadcast_to(np.asarray(standard_errors, dtype=np.float64), effects.shape)
-    if effects.ndim != 2 or not (np.isfinite(errors).all() and (errors > 0).all()):
-        raise DataError(
-            "shrinkage needs effects of shape (labels, genes) with positive, finite standard "
-            f"errors, found shape {effects.shape} and {int((~(errors > 0)).sum())} entries that "
-            "are not positive."
-        )
-    scale = np.broadcast_to(np.asarray(scale, dtype=np.float64), effects.shape)
-    sds = np.asarray(default_slab_sds(effects, errors, scale) if slab_sds is None else slab_sds)
-    log_density = _log_densities(effects, errors, scale, sds)
-    weights = fit_weights(log_density, pseudo_entries=pseudo_entries, n_iterations=n_iterations)
-    return posterior_moments(effects, errors, sds, weights, scale=scale)
+    effects, errors, control = _checked(effects, standard_errors, control_errors)
+    factor = np.broadcast_to(np.asarray(scale, dtype=np.float64), effects.shape)
+    total = np.sqrt(errors**2 + control**2)
+    sds = np.asarray(default_slab_sds(effects, total, factor) if slab_sds is None else slab_sds)
+    weights = fit_weights(
+        _log_densities(effects, total, factor, sds),
+        pseudo_entries=pseudo_entries,
+        n_iterations=n_iterations,
+    )
+    return posterior_moments(
+        effects, errors, sds, weights, scale=factor, control_errors=control_errors
+    )
 
 
 def default_slab_sds(
@@ -99,24 +110,25 @@ def default_slab_sds(
     """Return a geometric grid of slab standard deviations that covers the effects.
 
     From a quarter of the median standard error to twice the largest excess of an effect over its
-    noise, as in adaptive shrinkage.
+    noise, as in adaptive shrinkage. Arguments as in `shrink`, `ratio` between neighbours.
     """
-    unit = np.where(scale > 0, scale, np.inf)
-    lowest = max(float(np.median(errors / np.maximum(scale, 1e-3))) / 4.0, 1e-3)
+    unit = np.maximum(scale, 1e-2)
+    lowest = max(float(np.median(errors / unit)) / 4.0, 1e-3)
     excess = np.sqrt(np.maximum(effects**2 - errors**2, 0.0)) / unit
-    highest = 2.0 * float(np.quantile(excess, 0.9999)) if excess.size else lowest
+    highest = 2.0 * float(np.quantile(excess, 0.9999))
     n_steps = max(int(np.ceil(np.log(max(highest / lowest, 1.0)) / np.log(ratio))), 1)
     return lowest * ratio ** np.arange(n_steps + 1)
 
 
 def fit_weights(
-    log_density: np.ndarray, *, pseudo_entries: float = 50.0, n_iterations: int = 200
+    log_density: np.ndarray, *, pseudo_entries: float = 10.0, n_iterations: int = 200
 ) -> np.ndarray:
     """Return mixture weights of each label by EM, shape (labels, components).
 
     First one set of weights for all entries by maximum marginal likelihood; then, unless
     `pseudo_entries` is infinite, each label's own, with a Dirichlet prior whose mean are the
-    pooled weights and whose strength is `pseudo_entries`.
+    pooled weights and whose strength is `pseudo_entries`. Entries that share the control's noise
+    are treated as independent here (a composite likelihood: consistent, though not efficient).
 
     Parameters
     ----------
@@ -156,20 +168,108 @@ def posterior_moments(
     weights: np.ndarray,
     *,
     scale: np.ndarray | float = 1.0,
+    control_errors: np.ndarray | None = None,
 ) -> Shrunken:
     """Return the posterior under a given prior.
 
     Parameters
     ----------
-    effects, standard_errors, slab_sds, scale
+    effects, standard_errors, slab_sds, scale, control_errors
         As in `shrink`.
     weights
         Prior weights, spike first, shape (components,) or (labels, components).
+
+    Notes
+    -----
+    Given the control's error c_g the labels are independent and the posterior is in closed form,
+    so that one sum over a grid of c_g per gene gives the exact joint posterior.
     """
+    effects, errors, control = _checked(effects, standard_errors, control_errors)
+    factor = np.broadcast_to(np.asarray(scale, dtype=np.float64), effects.shape)
+    sds = np.asarray(slab_sds, dtype=np.float64)
+    table = np.broadcast_to(weights, (effects.shape[0], len(sds) + 1))
+    nodes, log_prior = _control_nodes(errors, control)
+    width = max(_BLOCK_VALUES // (len(nodes) * effects.shape[0]), 1)
+    blocks = []
+    for start in range(0, effects.shape[1], width):
+        part = np.s_[:, start : start + width]
+        shifts = nodes[:, None] * control[0, start : start + width]
+        blocks.append(
+            _integrate(effects[part], errors[part], factor[part], sds, table, shifts, log_prior)
+        )
+    mean, square, null = (np.concatenate([b[i] for b in blocks], axis=1) for i in range(3))
+    spread = np.sqrt(np.maximum(square - mean**2, 0.0))
+    evidence = float(sum(block[3] for block in blocks))
+    return Shrunken(mean, spread, null, np.array(table), sds, evidence)
+
+
+def _checked(
+    effects: np.ndarray, standard_errors: np.ndarray, control_errors: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    effects = np.asarray(effects, dtype=np.float64)
+    if effects.ndim != 2 or effects.size == 0:
+        raise DataError(f"effects must have shape (labels, genes), found {effects.shape}.")
     errors = np.broadcast_to(np.asarray(standard_errors, dtype=np.float64), effects.shape)
-    scale = np.broadcast_to(np.asarray(scale, dtype=np.float64), effects.shape)
-    weights = np.broadcast_to(weights, (effects.shape[0], len(slab_sds) + 1))
-    log_density = _log_densities(effects, errors, scale, np.asarray(slab_sds))
+    control = np.zeros((1, effects.shape[1]))
+    if control_errors is not None:
+        control = control + np.asarray(control_errors, dtype=np.float64).reshape(1, -1)
+    good = np.isfinite(errors) & (errors > 0) & np.isfinite(control) & (control >= 0)
+    if not good.all():
+        raise DataError(
+            "shrinkage needs positive, finite standard errors, found "
+            f"{int((~good).sum())} of {good.size} entries that are not."
+        )
+    return effects, errors, control
+
+
+def _control_nodes(errors: np.ndarray, control: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a grid for c_g / s_g and the log of its normalised prior weights.
+
+    Equally spaced nodes integrate a smooth, peaked function to machine precision once they are as
+    close as its standard deviation, which many labels can make small.
+    """
+    if not (control > 0).any():
+        return np.zeros(1), np.zeros(1)
+    narrowest = 1.0 / np.sqrt(1.0 + (control**2 / errors**2).sum(axis=0).max())
+    n_nodes = int(min(np.ceil(10.0 / (0.8 * narrowest)), _MOST_NODES)) | 1
+    nodes = np.linspace(-5.0, 5.0, n_nodes)
+    log_prior = -0.5 * nodes**2
+    return nodes, log_prior - np.log(np.exp(log_prior).sum())
+
+
+def _integrate(
+    effects: np.ndarray,
+    errors: np.ndarray,
+    scale: np.ndarray,
+    slab_sds: np.ndarray,
+    weights: np.ndarray,
+    shifts: np.ndarray,
+    log_prior: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Posterior mean, mean square and spike probability, and the log evidence of some genes."""
+    moments = [
+        _given_control(effects + shift, errors, scale, slab_sds, weights) for shift in shifts
+    ]
+    joint = np.stack([moment[3] for moment in moments]) + log_prior[:, None]
+    top = joint.max(axis=0)
+    mass = np.exp(joint - top)
+    evidence = float((np.log(mass.sum(axis=0)) + top).sum())
+    mass /= mass.sum(axis=0)
+    mean, square, null = (
+        sum(mass[node] * moments[node][i] for node in range(len(moments))) for i in range(3)
+    )
+    return np.asarray(mean), np.asarray(square), np.asarray(null), evidence
+
+
+def _given_control(
+    effects: np.ndarray,
+    errors: np.ndarray,
+    scale: np.ndarray,
+    slab_sds: np.ndarray,
+    weights: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Posterior mean, mean square, spike probability, and each gene's log evidence."""
+    log_density = _log_densities(effects, errors, scale, slab_sds)
     top = log_density.max(axis=0)
     joint = weights.T[:, :, None] * np.exp(log_density - top)
     evidence = joint.sum(axis=0)
@@ -180,18 +280,15 @@ def posterior_moments(
         gain = prior / (prior + errors**2)
         mean += probability[position] * gain * effects
         square += probability[position] * ((gain * effects) ** 2 + gain * errors**2)
-    spread = np.sqrt(np.maximum(square - mean**2, 0.0))
-    total = float((np.log(evidence) + top).sum())
-    return Shrunken(mean, spread, probability[0], np.array(weights), total)
+    return mean, square, probability[0], (np.log(evidence) + top).sum(axis=0)
 
 
 def _log_densities(
     effects: np.ndarray, errors: np.ndarray, scale: np.ndarray, slab_sds: np.ndarray
 ) -> np.ndarray:
     """Log density of each entry under the spike and each slab, (components, labels, genes)."""
-    sds = np.concatenate([[0.0], slab_sds])
-    result = np.empty((len(sds), *effects.shape))
-    for position, sd in enumerate(sds):
+    result = np.empty((len(slab_sds) + 1, *effects.shape))
+    for position, sd in enumerate((0.0, *slab_sds)):
         variance = errors**2 + (sd * scale) ** 2
         result[position] = -0.5 * (np.log(2.0 * np.pi * variance) + effects**2 / variance)
     return result

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Additive",
+    "EffectNoise",
     "EmpiricalBayes",
     "FittedEffects",
     "GlobalMean",
@@ -192,6 +193,31 @@ class Additive:
 
 
 @dataclass(frozen=True)
+class EffectNoise:
+    """Sampling noise of raw effects.
+
+    Parameters
+    ----------
+    own
+        Standard error of each label's own functional, shape (labels, genes), log2 units.
+    control
+        Standard error of the control's functional, which all labels share, shape (genes,).
+    scale
+        How much a change of a gene's expression moves its value on this scale, which is flat
+        where a gene is hardly expressed; in (0, 1], shape (genes,).
+    """
+
+    own: np.ndarray
+    control: np.ndarray
+    scale: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        """Standard error of each effect, both arms together, shape (labels, genes)."""
+        return np.sqrt(self.own**2 + self.control**2)
+
+
+@dataclass(frozen=True)
 class EmpiricalBayes:
     """Predicts the training mean shrunken by a sparse prior fitted to all labels.
 
@@ -211,8 +237,8 @@ class EmpiricalBayes:
     functional: Functional = "log_mean"
     grouping: Grouping = "label"
     min_cells: int = 1
-    pseudo_entries: float = 50.0
-    n_refinements: int = 2
+    pseudo_entries: float = 10.0
+    n_refinements: int = 1
     name: str = "empirical_bayes"
 
     def fit(self, data: CellData) -> FittedEffects:
@@ -228,10 +254,16 @@ class EmpiricalBayes:
         effects = np.stack(list(_raw_effects(moments, control, self.functional).values()))
         estimate = np.zeros_like(effects)
         for _ in range(self.n_refinements + 1):
-            errors, scale = effect_standard_errors(
+            noise = effect_standard_errors(
                 moments, control, functional=self.functional, effects=estimate
             )
-            result = shrink(effects, errors, scale=scale, pseudo_entries=self.pseudo_entries)
+            result = shrink(
+                effects,
+                noise.own,
+                control_errors=noise.control,
+                scale=noise.scale,
+                pseudo_entries=self.pseudo_entries,
+            )
             estimate = result.mean
         return result
 
@@ -242,8 +274,8 @@ def effect_standard_errors(
     *,
     functional: Functional = "log_mean",
     effects: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the standard error of each raw effect, and the scale of true effects per gene.
+) -> EffectNoise:
+    """Return the noise of raw effects, arm by arm, and the scale of true effects per gene.
 
     Parameters
     ----------
@@ -257,14 +289,6 @@ def effect_standard_errors(
         Current estimate of the effects, shape (labels, genes), at which variances are evaluated.
         Default: no effect. Not the raw effects: a gene without a count in a few cells has a sample
         variance of zero, which is not certainty.
-
-    Returns
-    -------
-    errors
-        Shape (labels, genes), log2 units; includes the noise of the control arm.
-    scale
-        Shape (1, genes), in (0, 1]: how much a change of a gene's expression moves its value on
-        this scale, which is flat where a gene is hardly expressed.
 
     Notes
     -----
@@ -321,7 +345,7 @@ def _raw_effects(
 
 def _errors_log_mean(
     moments: GroupMoments, at: int, others: np.ndarray, effects: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> EffectNoise:
     sizes = moments.n_cells.astype(np.float64)
     overall = sizes @ moments.fraction / sizes.sum()
     floor = 0.5 / (SCALE * sizes.sum())
@@ -338,12 +362,12 @@ def _errors_log_mean(
     variance = (mean * poisson + dispersion * mean**2) / weight
     error = SCALE / ((1.0 + SCALE * mean) * np.log(2.0)) * np.sqrt(variance)
     scale = SCALE * base / (1.0 + SCALE * base)
-    return np.sqrt(error[others] ** 2 + error[at] ** 2), scale[None, :]
+    return EffectNoise(error[others], error[at], scale)
 
 
 def _errors_mean_log(
-    moments: GroupMoments, at: int, others: np.ndarray, *, pseudo_cells: float = 20.0
-) -> tuple[np.ndarray, np.ndarray]:
+    moments: GroupMoments, at: int, others: np.ndarray, *, pseudo_cells: float = 100.0
+) -> EffectNoise:
     sizes = moments.n_cells.astype(np.float64)[:, None]
     own = np.maximum(moments.log_sq - moments.log**2, 0.0)
     freedom = max(float(sizes.sum() - len(sizes)), 1.0)
@@ -351,4 +375,4 @@ def _errors_mean_log(
     variance = (sizes * own + pseudo_cells * pooled) / (sizes + pseudo_cells) / sizes
     base = (sizes * moments.log).sum(axis=0) / sizes.sum()
     scale = 1.0 - np.exp(-np.log(2.0) * np.maximum(base, 1e-4))
-    return np.sqrt(variance[others] + variance[at]), scale[None, :]
+    return EffectNoise(np.sqrt(variance[others]), np.sqrt(variance[at]), scale)

@@ -185,8 +185,9 @@ def marginal_groups(
     the cells that carry none. Parameters as in `label_groups`.
     """
     kept = ~np.asarray(data.failing, dtype=bool) if passing else np.ones(data.n_cells, dtype=bool)
-    design = sparse.csc_array(data.perturbation)
-    carries_none = np.diff(sparse.csr_array(data.perturbation).indptr) == 0
+    design = sparse.csc_array(data.perturbation, copy=True)
+    design.eliminate_zeros()  # a dosage stored as zero is no dosage
+    carries_none = np.bincount(design.indices, minlength=data.n_cells) == 0
     groups: dict[str, np.ndarray] = {}
     for column, name in enumerate(data.schema.perturbations):
         rows = np.sort(design.indices[design.indptr[column] : design.indptr[column + 1]])
