@@ -140,6 +140,13 @@ def test_batch_holds_dense_float32_rows():
     assert len(data.batch()) == N_CELLS
 
 
+def test_covariates_lie_side_by_side_in_the_batch():
+    screen = make_screen()
+    screen.obs["lane"] = np.resize(["l1", "l2"], N_CELLS)
+    batch = make_data(screen, covariate_keys=["batch", "lane"]).batch([0, 1, 2])
+    assert batch.covariates.tolist() == [[0, 1, 0, 1, 0], [1, 0, 0, 0, 1], [0, 0, 1, 1, 0]]
+
+
 def test_unobserved_flags_are_marked_in_the_batch():
     screen = make_screen()
     flag = screen.obs["cradle_qc_doublet"].astype(object)
@@ -517,6 +524,25 @@ def test_matrix_of_no_known_kind_is_an_error():
         fields.as_counts([[1]])
     with pytest.raises(DataError, match="dtype complex64"):
         fields.as_counts(np.ones((2, 2), np.complex64))
+
+
+def test_stored_zeros_are_no_counts():
+    screen = make_screen()
+    screen.X.data[screen.X.indices == 3] = 0
+    with pytest.warns(DataWarning, match="1 of 7 genes have no counts in any cell: 'g3'"):
+        data = make_data(screen)
+    screen.X.eliminate_zeros()
+    with pytest.warns(DataWarning, match="'g3'"):
+        assert make_data(screen).fingerprint == data.fingerprint
+
+
+def test_columns_of_backed_counts_can_be_taken_again(tmp_path):
+    screen, _ = stored("backed_csr", tmp_path)
+    taken = fields.take_columns(read_counts(screen), np.array([3, -1, 0]))
+    taken = fields.take_columns(fields.take_rows(taken, np.array([9, 1])), np.array([2, 1, -1, 0]))
+    wanted = make_counts()[[9, 1]][:, [0, 0, 0, 3]] * [1, 0, 0, 1]
+    np.testing.assert_array_equal(taken[np.arange(2)].toarray(), wanted)
+    np.testing.assert_array_equal(taken[1:].toarray(), wanted[1:])
 
 
 def test_silent_genes_and_single_cells_warn():
