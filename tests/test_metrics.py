@@ -140,6 +140,25 @@ def test_perfect_prediction_scores_one_and_opposite_minus_one() -> None:
     assert metrics.ate_r2(np.full_like(reference, reference.mean()), reference) == pytest.approx(0)
 
 
+def test_names_in_tables_are_the_functions_they_say() -> None:
+    predicted, reference = make_effects()
+    scores = metrics.score_effects(predicted, reference)
+    assert scores == {
+        "ate_rho": metrics.ate_correlation(predicted, reference),
+        "ate_r2": metrics.ate_r2(predicted, reference),
+        "ate_rho_per_perturbation": pytest.approx(
+            metrics.ate_correlation_per_perturbation(predicted, reference).mean()
+        ),
+        "ate_r2_per_perturbation": pytest.approx(
+            metrics.ate_r2_per_perturbation(predicted, reference).mean()
+        ),
+        "ate_rho_top20": metrics.top_k_correlation(predicted, reference, k=20),
+        "ate_rho_top50": metrics.top_k_correlation(predicted, reference, k=50),
+        "jaccard_top20": metrics.jaccard_top_k(predicted, reference, k=20),
+        "jaccard_top50": metrics.jaccard_top_k(predicted, reference, k=50),
+    }
+
+
 def test_labels_that_do_not_vary_are_nan_and_left_out_of_means() -> None:
     predicted, reference = make_effects()
     predicted[2] = 0.0
