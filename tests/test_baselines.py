@@ -216,6 +216,15 @@ def test_passing_cells_recover_what_the_artifact_moved() -> None:
     assert ate_correlation(passing.predict(["T0"]), screen.true(["T0"])) > 0.5
 
 
+@pytest.mark.parametrize("position", range(6))
+def test_controls_alone_predict_no_change(position: int) -> None:
+    cells = make_screen(n_genes=20, n_targets=6, cells_per_label=5).cells
+    fitted = default_baselines()[position].fit(
+        cells.subset(np.flatnonzero(cells.labels == "control"))
+    )
+    np.testing.assert_array_equal(fitted.predict(["T0", "T0+T1"]), 0.0)
+
+
 # --- groups -------------------------------------------------------------------------------------
 
 

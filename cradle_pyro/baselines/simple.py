@@ -245,6 +245,8 @@ class EmpiricalBayes:
         """Return the shrunken effect of every training label."""
         moments = _moments(data, self)
         labels = [label for label in moments.labels if label != data.schema.control]
+        if not labels:
+            return FittedEffects(self.name, data.schema, {}, np.zeros(data.schema.n_genes))
         posterior = self.posterior(moments, data.schema.control)
         table = dict(zip(labels, posterior.mean, strict=True))
         return FittedEffects(self.name, data.schema, table, np.zeros(data.schema.n_genes))
