@@ -10,7 +10,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import tomli_w
 from pydantic import (
@@ -53,6 +53,12 @@ def _none_from_text(value: object) -> object:
     return None if value == _NONE else value
 
 
+def _text_from_none(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return _NONE if value is None else value
+
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -60,24 +66,13 @@ class _Component(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-def _optional(component: Any) -> Any:
-    return Annotated[
-        component | None,
-        BeforeValidator(_none_from_text),
-        PlainSerializer(
-            lambda value: (
-                _NONE
-                if value is None
-                else value.model_dump(mode="json")
-                if isinstance(value, BaseModel)
-                else value
-            )
-        ),
-    ]
-
-
-OptionalText = _optional(str)
-OptionalCount = _optional(PositiveInt)
+# TOML has no null: a value that is absent is read and written as "none".
+OptionalText: TypeAlias = Annotated[
+    str | None, BeforeValidator(_none_from_text), PlainSerializer(_text_from_none)
+]
+OptionalCount: TypeAlias = Annotated[
+    PositiveInt | None, BeforeValidator(_none_from_text), PlainSerializer(_text_from_none)
+]
 
 
 class DataConfig(_Component):
@@ -133,6 +128,11 @@ class GeneEffectConfig(_Component):
     spike_scale: PositiveFloat = 0.03
 
 
+OptionalGeneEffect: TypeAlias = Annotated[
+    GeneEffectConfig | None, BeforeValidator(_none_from_text), PlainSerializer(_text_from_none)
+]
+
+
 class ModelConfig(_Component):
     """The generative model, DESIGN section 2; the defaults switch every mechanism on."""
 
@@ -145,7 +145,7 @@ class ModelConfig(_Component):
     mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     effect_scale: PositiveFloat = 1.0
     latent_effect: bool = True
-    gene_effect: _optional(GeneEffectConfig) = GeneEffectConfig()  # type: ignore[valid-type]
+    gene_effect: OptionalGeneEffect = GeneEffectConfig()
     artifact_effect_scale: PositiveFloat = 1.0
     artifact_risk: bool = True
     artifact_risk_scale: PositiveFloat = 1.0
@@ -186,20 +186,32 @@ class PartnerTerm(_Component):
     kind: Literal["partner"] = "partner"
 
 
-ConsistencyTerm = SleepTerm | KLTerm
+ConsistencyTerm: TypeAlias = SleepTerm | KLTerm
+
+
+_TERMS: dict[int | str, type[_Component]] = {
+    "sleep": SleepTerm,
+    "kl": KLTerm,
+    "partner": PartnerTerm,
+}
 
 
 def _term_from_name(value: object) -> object:
     return {"kind": value} if isinstance(value, str) and value != _NONE else value
 
 
+CounterfactualTerm: TypeAlias = Annotated[
+    Annotated[SleepTerm | KLTerm | PartnerTerm, Field(discriminator="kind")] | None,
+    BeforeValidator(_none_from_text),
+    BeforeValidator(_term_from_name),
+    PlainSerializer(_text_from_none),
+]
+
+
 class ObjectiveConfig(_Component):
     """loss = -ELBO / N + beta * counterfactual term, in nats per cell."""
 
-    counterfactual: Annotated[
-        _optional(Annotated[SleepTerm | KLTerm | PartnerTerm, Field(discriminator="kind")]),
-        BeforeValidator(_term_from_name),
-    ] = SleepTerm()  # type: ignore[valid-type]
+    counterfactual: CounterfactualTerm = SleepTerm()
     beta: NonNegativeFloat = 1.0
     particles: PositiveInt = 1
     balance_failing: bool = False
@@ -333,10 +345,10 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """Return the field names beside the unknown key at `location`."""
     component: Any = Config
     for part in location[:-1]:
-        field = getattr(component, "model_fields", {}).get(part)
-        if field is None:
-            continue
-        component = type(field.get_default()) if field.get_default() is not None else component
+        if part in _TERMS:  # pydantic names the kind of term that it read
+            component = _TERMS[part]
+        elif part in getattr(component, "model_fields", {}):
+            component = type(component.model_fields[part].get_default())
     return list(getattr(component, "model_fields", {}))
 
 
@@ -347,8 +359,8 @@ def _readable(error: ValidationError) -> str:
         key = ".".join(str(part) for part in location)
         if problem["type"] == "extra_forbidden":
             known = _known_keys(location)
-            hint = near(str(location[-1]), known) or f"; known here: {', '.join(known)}"
-            lines.append(f"Unknown setting '{key}'{hint}.")
+            hint = near(str(location[-1]), known) or f"; known here: {', '.join(known)}."
+            lines.append(f"Unknown setting '{key}'{hint}")
         else:
             lines.append(
                 f"Setting '{key}': {problem['msg'].lower()}, found {problem.get('input')!r}."
