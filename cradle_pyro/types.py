@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class Schema:
 
     Examples
     --------
-    >>> schema = Schema(genes=("G1",), perturbations=("A", "B"), covariates=(("batch", ("1", "2")),))
+    >>> batches = (("batch", ("1", "2")),)
+    >>> schema = Schema(genes=("G1",), perturbations=("A", "B"), covariates=batches)
     >>> schema.n_perturbations, schema.n_covariate_levels
     (2, 2)
     """
@@ -153,17 +155,13 @@ class Batch:
         """Return a copy with some fields replaced."""
         return dataclasses.replace(self, **fields)  # type: ignore[arg-type]
 
-    def _map(self, function) -> Batch:  # type: ignore[no-untyped-def]
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(
-            **{
-                name: (
-                    value
-                    if value is None
-                    else value._map(function)
-                    if isinstance(value, Batch)
-                    else function(value)
-                )
-                for name, value in values.items()
-            }
-        )
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with `function` applied to every tensor, those of the partner too."""
+        changed: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Batch):
+                changed[field.name] = value._map(function)
+            elif value is not None:
+                changed[field.name] = function(value)
+        return dataclasses.replace(self, **changed)

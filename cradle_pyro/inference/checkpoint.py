@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +23,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cradle_pyro.config import Config
-from cradle_pyro.errors import CheckpointError, ConfigError
+from cradle_pyro.errors import CheckpointError, ConfigError, shown
 from cradle_pyro.inference.posterior import Posterior, ReferenceCells, build_pair
 from cradle_pyro.types import Schema, Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FORMAT_VERSION", "SafeCheckpointIO", "load", "read_checkpoint", "save"]
+__all__ = [
+    "FORMAT_VERSION",
+    "SafeCheckpointIO",
+    "last_checkpoint",
+    "load",
+    "read_checkpoint",
+    "save",
+]
 
 FORMAT_VERSION = 1
 _CONFIG, _MANIFEST = "config.toml", "manifest.json"
@@ -54,7 +62,7 @@ def save(posterior: Posterior, path: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=path))
-        save_file(_tensors(posterior), staging / _WEIGHTS)
+        _write_tensors(_tensors(posterior), staging / _WEIGHTS)
         (staging / _CONFIG).write_text(posterior.config.to_toml(), encoding="utf-8")
         posterior.history.to_csv(staging / _HISTORY, index=False)
         manifest = _manifest(posterior, weights_sha256=_sha256(staging / _WEIGHTS))
@@ -96,24 +104,29 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> Posterior:
         tensors = load_file(path / _WEIGHTS)
     except (OSError, SafetensorError, ConfigError, tomllib.TOMLDecodeError) as error:
         raise CheckpointError(f"The run directory '{path}' is damaged: {error}") from error
-    schema = _schema(manifest["schema"])
-    statistics = Statistics(
-        n_cells=int(manifest["n_train_cells"]), **_section(tensors, "statistics")
-    )
-    model, guide = build_pair(schema, config, statistics, seed=0)
-    model.load_state_dict(_section(tensors, "model"))
-    guide.load_state_dict(_section(tensors, "guide"))
-    return Posterior(
-        model=model.to(device).eval(),
-        guide=guide.to(device).eval(),
-        schema=schema,
-        config=config,
-        statistics=statistics,
-        reference=ReferenceCells(**_section(tensors, "reference")),
-        history=pd.DataFrame() if history is None else history,
-        labels=pd.DataFrame(manifest["labels"]),
-        facts=manifest["facts"],
-    )
+    try:
+        schema = _schema(manifest["schema"])
+        n_cells = int(manifest["n_train_cells"])
+        statistics = Statistics(n_cells=n_cells, **_section(tensors, "statistics"))
+        model, guide = build_pair(schema, config, statistics, seed=0)
+        model.load_state_dict(_section(tensors, "model"))
+        guide.load_state_dict(_section(tensors, "guide"))
+        return Posterior(
+            model=model.to(device).eval(),
+            guide=guide.to(device).eval(),
+            schema=schema,
+            config=config,
+            statistics=statistics,
+            reference=ReferenceCells(**_section(tensors, "reference")),
+            history=pd.DataFrame() if history is None else history,
+            labels=pd.DataFrame(manifest["labels"]),
+            facts=manifest["facts"],
+        )
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The run directory '{path}' is damaged: {_WEIGHTS}, {_CONFIG} and {_MANIFEST} do not "
+            f"fit together ({str(error).splitlines()[0]}). Copy the run again, or retrain."
+        ) from error
 
 
 def _tensors(posterior: Posterior) -> dict[str, Tensor]:
@@ -132,6 +145,16 @@ def _tensors(posterior: Posterior) -> dict[str, Tensor]:
         for part, values in parts.items()
         for name, value in values.items()
     }
+
+
+def _write_tensors(
+    tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file that others may read as any new file of this user's."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)  # replaces the file by one that is private
+    path.chmod(mode)
 
 
 def _section(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -201,23 +224,35 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: object | None = None
     ) -> None:
-        """Write `checkpoint` atomically."""
+        """Write `checkpoint` atomically.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be written, for example because the disk is full.
+        """
         tensors: dict[str, Tensor] = {}
         structure = json.dumps(_pack(checkpoint, tensors))
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".{path.name}.part")
         try:
-            save_file(tensors, staging, metadata={"structure": structure})
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_tensors(tensors, staging, metadata={"structure": structure})
             os.replace(staging, path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"Could not write the checkpoint '{path}': {error}. Free space, then go on with "
+                "--resume from the last one that was written."
+            ) from error
         finally:
-            staging.unlink(missing_ok=True)
+            with suppress(OSError):
+                staging.unlink(missing_ok=True)
 
     def load_checkpoint(
         self,
         path: str | Path,
         map_location: Callable | None = None,
-        weights_only: bool | None = None,
+        weights_only: bool | None = None,  # noqa: FBT001 (Lightning's signature)
     ) -> dict[str, Any]:
         """Read a checkpoint onto the CPU."""
         return read_checkpoint(path)
@@ -244,19 +279,37 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return _unpack(structure, tensors)
 
 
-def last_checkpoint(directory: Path) -> Path:
+def last_checkpoint(directory: Path, state: Mapping[str, Tensor]) -> Path:
     """Return the checkpoint to resume from.
+
+    Parameters
+    ----------
+    directory
+        Where checkpoints are kept.
+    state
+        Parameters and buffers of the pair that is to go on, by name.
 
     Raises
     ------
     CheckpointError
-        If there is none.
+        If there is none, or it is of another model.
     """
     path = directory / "last.ckpt"
     if not path.is_file():
         raise CheckpointError(
             f"Expected a checkpoint to resume from at '{path}', found none. "
             "Leave out --resume to start anew."
+        )
+    shapes = {name: value.shape for name, value in read_checkpoint(path)["state_dict"].items()}
+    expected = {name: value.shape for name, value in state.items()}
+    if shapes != expected:
+        different = sorted(
+            name for name in shapes | expected if shapes.get(name) != expected.get(name)
+        )
+        raise CheckpointError(
+            f"The checkpoint '{path}' is of another model or screen: {shown(different)} differ. "
+            "Resume with the configuration and data it was trained with, or start anew without "
+            "--resume."
         )
     return path
 

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pandas as pd
 import pyro
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from cradle_pyro.config import TrainConfig
@@ -28,6 +29,13 @@ __all__ = ["History", "TrainingLoop", "make_trainer", "quiet_lightning"]
 
 _TRAIN, _VALIDATION = "train", "val"
 _LARGEST_SEED = 2**31
+# What Lightning remarks on although it is as intended.
+_NOTES = (
+    ".*does not have many workers.*",
+    ".*Checkpoint directory.*exists.*",
+    ".*GPU available but not used.*",
+    ".*smaller than the logging interval.*",
+)
 
 
 class TrainingLoop(L.LightningModule):
@@ -73,7 +81,7 @@ class TrainingLoop(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Seed the epoch by its number, so that a resumed run repeats an uninterrupted one."""
         torch.manual_seed((self.config.seed * 100_003 + self.current_epoch) % _LARGEST_SEED)
-        loader = self.trainer.train_dataloader
+        loader: Any = self.trainer.train_dataloader
         loader.sampler.set_epoch(self.current_epoch)
         loader.dataset.set_epoch(self.current_epoch)
 
@@ -81,11 +89,7 @@ class TrainingLoop(L.LightningModule):
         """Report the validation loss, which early stopping and the best checkpoint watch."""
         self.log("val_loss", self._mean_loss(_VALIDATION), prog_bar=True)
 
-    def on_train_epoch_end(self) -> None:
-        """Report the training loss."""
-        self.log("train_loss", self._mean_loss(_TRAIN), prog_bar=True)
-
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam, faster for the free parameters of the global guide, and the schedule."""
         fast = {id(p) for p in getattr(self.guide, "global_parameters", list)()}
         groups = [
@@ -104,7 +108,8 @@ class TrainingLoop(L.LightningModule):
             return {"optimizer": optimizer}
         total = max(int(self.trainer.estimated_stepping_batches), 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
+            optimizer,
+            lambda step: 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / total, 1))),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -162,17 +167,19 @@ class History(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Forget what the sanity check added."""
         if trainer.sanity_checking:
-            pl_module.take_means(_VALIDATION)
+            cast("TrainingLoop", pl_module).take_means(_VALIDATION)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add a row."""
+        """Add a row, and report the training loss (this runs before the module's own hook)."""
         row: dict[str, float] = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        loop = cast("TrainingLoop", pl_module)
         for stage in (_TRAIN, _VALIDATION):
-            means = pl_module.take_means(stage)
+            means = loop.take_means(stage)
             if means:
                 row[f"{stage}_loss"] = sum(means.values())
                 row |= {f"{stage}_{name}": value for name, value in means.items()}
         self.epochs.append(row)
+        loop.log("train_loss", row["train_loss"], prog_bar=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows, for the checkpoint."""
@@ -229,8 +236,7 @@ def quiet_lightning() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
-        for text in (".*does not have many workers.*", ".*Checkpoint directory.*exists.*",
-                     ".*GPU available but not used.*", ".*smaller than the logging interval.*"):  # fmt: skip
+        for text in _NOTES:
             warnings.filterwarnings("ignore", text)
         for logger in loggers:
             logger.setLevel(logging.ERROR)

@@ -76,7 +76,7 @@ def fit(
     Examples
     --------
     >>> import cradle_pyro as cp
-    >>> adata = cp.simulate_perturbseq(n_cells=200, n_genes=40, n_perturbations=3, n_pairs=1, seed=0)
+    >>> adata = cp.simulate_perturbseq(n_cells=200, n_genes=40, n_perturbations=3, n_pairs=1)
     >>> data = cp.CellData.from_anndata(adata, layer="counts", artifact="none")
     >>> config = cp.Config().with_settings(["train.max_epochs=1", "model.n_latents=2"])
     >>> posterior = cp.fit(data, config, progress=False)
@@ -118,9 +118,7 @@ def flip_pool(train: CellData) -> FlipPool:
     flags, flag_counts = _distinct(train.artifact[train.failing])
     library = torch.as_tensor(train.library)
     failing = torch.as_tensor(train.failing)
-    return FlipPool(
-        designs, design_counts, flags, flag_counts, library[~failing], library[failing]
-    )
+    return FlipPool(designs, design_counts, flags, flag_counts, library[~failing], library[failing])
 
 
 def _distinct(rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -144,7 +142,7 @@ def _check(data: CellData, config: Config) -> None:
 
 
 def _label_table(data: CellData) -> pd.DataFrame:
-    table = pd.crosstab(data.labels, data.split)
+    table = pd.crosstab(data.labels, np.asarray(data.split))
     table = table.reindex(columns=["train", "val", "test"], fill_value=0)
     return table.rename_axis("label").rename_axis(None, axis=1).reset_index()
 
@@ -251,18 +249,18 @@ def _train_pair(
         if checkpoint_dir is None:
             checkpoint_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="cradle-"))
         directory = Path(checkpoint_dir)
-        resume_from = last_checkpoint(directory) if resume else None
         stack.enter_context(seeded(config.train.seed))
         stack.enter_context(quiet_lightning())
         train, validation = _loader(data, config, "train"), _loader(data, config, "val")
         loop = TrainingLoop(model, guide, objective, config.train)
+        resume_from = last_checkpoint(directory, loop.state_dict()) if resume else None
         history = History()
+        validate = len(validation) > 0
         trainer, best = make_trainer(
-            config.train, directory, history, progress=progress, validate=len(validation.dataset) > 0,
+            config.train, directory, history, progress=progress, validate=validate,
             callbacks=callbacks,
         )  # fmt: skip
-        loaders = [validation] if len(validation.dataset) else None
-        trainer.fit(loop, train, loaders, ckpt_path=resume_from)
+        trainer.fit(loop, train, [validation] if validate else None, ckpt_path=resume_from)
         if best.best_model_path:
             loop.load_best(best.best_model_path)
     model.cpu().eval()

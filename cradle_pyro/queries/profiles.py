@@ -56,7 +56,7 @@ def expected_rate(
                 acts[sites.ARTIFACT] = torch.full_like(batch.artifact, artifact)
             if control:
                 acts[sites.PERTURBATION] = torch.zeros_like(batch.perturbation)
-            total = 0.0
+            total = torch.zeros_like(batch.counts)
             for _ in range(draws):
                 latents = draw_latents(posterior.guide, batch) | {sites.COUNTS: batch.counts}
                 if artifact is None:
