@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cradle_pyro.evaluation.evaluate import CEILING, MODEL, Evaluation
@@ -21,6 +22,16 @@ _METRICS = {
     "jaccard_top20": "Jaccard 20",
     "jaccard_top50": "Jaccard 50",
 }
+_PREDICTORS = {
+    MODEL: "this model",
+    "no_change": "no change",
+    "global_mean": "mean effect of all",
+    "training_mean_all": "mean, all cells",
+    "training_mean_passing": "mean, passing cells",
+    "additive": "additive",
+    "empirical_bayes": "empirical Bayes",
+    CEILING: "ceiling (split-half)",
+}
 _TITLES = {
     ("cells", "seen"): "Held-out cells, seen perturbations",
     ("cells", "held_out"): "Held-out cells, held-out perturbations",
@@ -30,20 +41,35 @@ _TITLES = {
 
 
 def render(evaluation: Evaluation) -> Iterator[Table]:
-    """Yield one terminal table per reference and set of labels, then the facts."""
+    """Yield one terminal table per reference and set of labels, then the facts (80 columns)."""
     for title, rows in _blocks(evaluation):
-        table = Table(title=title, title_justify="left", header_style="bold")
-        table.add_column("predictor")
+        table = _table(title, show_header=True)
+        table.add_column("predictor", no_wrap=True)
         for heading in _METRICS.values():
-            table.add_column(heading, justify="right")
+            # The last word on a line of its own: "Jaccard" over "20".
+            table.add_column("\n".join(heading.split(" ", 1)), justify="right", no_wrap=True)
         for predictor, values in rows.iterrows():
             style = "bold" if predictor == MODEL else "dim" if predictor == CEILING else None
-            table.add_row(str(predictor), *(_number(value) for value in values), style=style)
+            table.add_row(_named(predictor), *(_number(value) for value in values), style=style)
         yield table
-    facts = Table(title="Cells", title_justify="left", show_header=False)
+    facts = _table("Cells", show_header=False)
+    facts.add_column(no_wrap=True)
+    facts.add_column(justify="right", no_wrap=True)
     for name, value in _facts(evaluation):
         facts.add_row(name, value)
     yield facts
+
+
+def _table(title: str, *, show_header: bool) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        show_header=show_header,
+        pad_edge=False,
+    )
 
 
 def markdown(evaluation: Evaluation) -> str:
@@ -53,7 +79,7 @@ def markdown(evaluation: Evaluation) -> str:
         lines += [f"## {title}", "", "| predictor | " + " | ".join(_METRICS.values()) + " |"]
         lines.append("|---|" + "---:|" * len(_METRICS))
         for predictor, values in rows.iterrows():
-            name = f"**{predictor}**" if predictor == MODEL else str(predictor)
+            name = f"**{_named(predictor)}**" if predictor == MODEL else _named(predictor)
             lines.append(f"| {name} | " + " | ".join(_number(v) for v in values) + " |")
         lines.append("")
     lines += ["## Cells", "", "| | |", "|---|---:|"]
@@ -73,7 +99,12 @@ def _blocks(evaluation: Evaluation) -> Iterator[tuple[str, pd.DataFrame]]:
     for key in dict.fromkeys(index[:2] for index in table.index):
         rows = table.loc[key]
         n_labels = evaluation.scores.query("reference == @key[0] and labels == @key[1]")["n_labels"]
-        yield f"{_TITLES[key]} ({int(n_labels.iloc[0])} labels)", rows
+        size = int(n_labels.iloc[0])
+        yield f"{_TITLES[key]} ({size} label{'' if size == 1 else 's'})", rows
+
+
+def _named(predictor: object) -> str:
+    return _PREDICTORS.get(str(predictor), str(predictor).replace("_", " "))
 
 
 def _facts(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
@@ -89,16 +120,14 @@ def _facts(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
     if "generated_qc" in facts:
         for n_mads, rate in facts["generated_qc"]["pass_rate"].items():
             real = facts["generated_qc"]["real_pass_rate"][n_mads]
-            yield f"generated cells that pass QC at {n_mads} MAD (real cells)", f"{rate:.1%} ({real:.1%})"
+            yield f"generated cells passing QC, {n_mads} MAD (real)", f"{rate:.1%} ({real:.1%})"
     if "cleaned" in facts.get("profiles", {}):
         profiles = facts["profiles"]
-        yield "RMSE of failing cells' profiles: raw", f"{profiles['raw']:.3f}"
-        yield "RMSE: mean passing cell of the perturbation", f"{profiles['mean_passing']:.3f}"
-        yield (
-            "RMSE: this model under artifact = 0",
-            f"{profiles['cleaned']:.3f} ({profiles['cleaned_over_mean_passing']:.2f} x mean, "
-            f"{profiles['cleaned_over_raw']:.2f} x raw)",
-        )
+        yield "failing cells, RMSE of the raw profile", f"{profiles['raw']:.3f}"
+        yield "failing cells, RMSE of mean passing cell", f"{profiles['mean_passing']:.3f}"
+        yield "failing cells, RMSE under artifact = 0", f"{profiles['cleaned']:.3f}"
+        yield "  relative to mean passing cell", f"{profiles['cleaned_over_mean_passing']:.2f}"
+        yield "  relative to raw", f"{profiles['cleaned_over_raw']:.2f}"
 
 
 def _number(value: float) -> str:
