@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from cradle_pyro.errors import CradleError, DataWarning
+
+if TYPE_CHECKING:
+    from cradle_pyro.config import Config
+    from cradle_pyro.inference.posterior import Posterior
 
 __all__ = ["app", "main"]
 
@@ -29,17 +35,19 @@ cli = typer.Typer(
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Settings = Annotated[
-    Optional[list[str]],  # noqa: UP045 (typer reads it at run time)
+    Optional[list[str]],
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated."),
 ]
 ConfigFile = Annotated[
-    Optional[Path],  # noqa: UP045
+    Optional[Path],
     typer.Option("--config", help="TOML file with settings; it sets exactly what the flags set."),
 ]
-Screen = Annotated[Path, typer.Argument(metavar="DATA.h5ad", help="The screen.", show_default=False)]
+Screen = Annotated[
+    Path, typer.Argument(metavar="DATA.h5ad", help="The screen.", show_default=False)
+]
 
 
-def _console(quiet: bool) -> Console:  # noqa: FBT001
+def _console(quiet: bool) -> Console:
     return Console(quiet=quiet, highlight=False, soft_wrap=True)
 
 
@@ -51,7 +59,7 @@ def simulate(
     perturbations: Annotated[int, typer.Option(help="Single perturbations.", min=2)] = 24,
     pairs: Annotated[int, typer.Option(help="Pairs of perturbations.", min=0)] = 12,
     seed: Annotated[int, typer.Option(help="Seed.", min=0)] = 0,
-    quiet: Quiet = False,  # noqa: FBT002
+    quiet: Quiet = False,
 ) -> None:
     """Write a simulated screen with known truth, artifacts included.
 
@@ -72,17 +80,17 @@ def annotate(
     data: Screen,
     out: Annotated[Path, typer.Option("--out", help="h5ad file to write.")],
     n_mads: Annotated[
-        Optional[float],  # noqa: UP045
+        Optional[float],
         typer.Option(help="Distance from the median, in MADs, at which a cell is flagged."),
     ] = None,
     fit_on: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Option(help="Cells that thresholds are fitted on, as column=value; default all."),
     ] = None,
-    layer: Annotated[Optional[str], typer.Option(help="Layer with raw counts; default X.")] = None,  # noqa: UP045
+    layer: Annotated[Optional[str], typer.Option(help="Layer with raw counts; default X.")] = None,
     config: ConfigFile = None,
     settings: Settings = None,
-    quiet: Quiet = False,  # noqa: FBT002
+    quiet: Quiet = False,
 ) -> None:
     """Flag cells that fail quality control; no cell is dropped.
 
@@ -97,7 +105,9 @@ def annotate(
     annotate_as_configured(adata, resolved.data, resolved.qc, fit_on=fit_on)
     write_h5ad_atomic(adata, out)
     share = adata.obs["cradle_artifact"].mean()
-    _console(quiet).print(f"Wrote {out}: {share:.1%} of {adata.n_obs:,} cells carry an artifact flag.")
+    _console(quiet).print(
+        f"Wrote {out}: {share:.1%} of {adata.n_obs:,} cells carry an artifact flag."
+    )
 
 
 @cli.command()
@@ -107,24 +117,24 @@ def train(
     config: ConfigFile = None,
     settings: Settings = None,
     perturbation_key: Annotated[
-        Optional[str], typer.Option(help="Column with perturbation labels.")  # noqa: UP045
+        Optional[str], typer.Option(help="Column with perturbation labels.")
     ] = None,
-    control: Annotated[Optional[str], typer.Option(help="Label of control cells.")] = None,  # noqa: UP045
-    layer: Annotated[Optional[str], typer.Option(help="Layer with raw counts; default X.")] = None,  # noqa: UP045
+    control: Annotated[Optional[str], typer.Option(help="Label of control cells.")] = None,
+    layer: Annotated[Optional[str], typer.Option(help="Layer with raw counts; default X.")] = None,
     library_key: Annotated[
-        Optional[str],  # noqa: UP045
+        Optional[str],
         typer.Option(help="Column with the whole-transcriptome total, for gene panels."),
     ] = None,
     covariate_key: Annotated[
-        Optional[list[str]], typer.Option(help="Categorical column; may be repeated.")  # noqa: UP045
+        Optional[list[str]], typer.Option(help="Categorical column; may be repeated.")
     ] = None,
     split_key: Annotated[
-        Optional[str], typer.Option(help="Column with train, val and test.")  # noqa: UP045
+        Optional[str], typer.Option(help="Column with train, val and test.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in RUN.")
-    ] = False,  # noqa: FBT002
-    quiet: Quiet = False,  # noqa: FBT002
+    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a model on a screen and write a run directory.
 
@@ -152,12 +162,12 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
     out: Annotated[
-        Optional[Path], typer.Option("--out", help="JSON file; default RUN/metrics.json.")  # noqa: UP045
+        Optional[Path], typer.Option("--out", help="JSON file; default RUN/metrics.json.")
     ] = None,
     data: Annotated[
-        Optional[Path], typer.Option("--data", help="The screen; default the path in the run.")  # noqa: UP045
+        Optional[Path], typer.Option("--data", help="The screen; default the path in the run.")
     ] = None,
-    quiet: Quiet = False,  # noqa: FBT002
+    quiet: Quiet = False,
 ) -> None:
     """Score a run on held-out cells, beside ceilings and simple baselines.
 
@@ -179,10 +189,10 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed.", min=0)] = 0,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="A small screen and short training, to see it run.")
-    ] = False,  # noqa: FBT002
+    ] = False,
     config: ConfigFile = None,
     settings: Settings = None,
-    quiet: Quiet = False,  # noqa: FBT002
+    quiet: Quiet = False,
 ) -> None:
     """Simulate, annotate, train and evaluate a screen: the whole story in minutes.
 
@@ -201,7 +211,7 @@ def demo(
     console.print(f"Report: {report}")
 
 
-def _config(path: Path | None, settings: list[str] | None, flags: dict[str, object]):  # noqa: ANN202
+def _config(path: Path | None, settings: list[str] | None, flags: Mapping[str, object]) -> Config:
     """Return the configuration of a file, then flags, then --set."""
     from cradle_pyro.config import Config
 
@@ -216,7 +226,7 @@ def _as_toml(value: object) -> str:
     return json.dumps(value)
 
 
-def _training_summary(posterior, out: Path) -> str:  # noqa: ANN001
+def _training_summary(posterior: Posterior, out: Path) -> str:
     history = posterior.history
     best = history["val_loss"].min() if "val_loss" in history else history["train_loss"].iloc[-1]
     return (
@@ -229,9 +239,9 @@ def app(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0 on success and 2 on a user's mistake."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-    def show(message, category, filename, lineno, file=None, line=None) -> None:  # noqa: ANN001
+    def show(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, DataWarning):
-            console.print(f"[yellow]Warning:[/yellow] {message}")
+            console.print(f"[yellow]Warning:[/yellow] {_one_line(message)}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -240,11 +250,16 @@ def app(arguments: list[str] | None = None) -> int:
         try:
             cli(args=arguments, standalone_mode=True)
         except CradleError as error:
-            console.print(f"[red]Error:[/red] {error}", markup=True)
+            console.print(f"[red]Error:[/red] {_one_line(error)}")
             return _USER_MISTAKE
         except SystemExit as stop:
-            return int(stop.code or 0)
+            return stop.code if isinstance(stop.code, int) else 0
     return 0
+
+
+def _one_line(message: object) -> str:
+    """Return a message on one line, with its brackets shown rather than read as markup."""
+    return escape(" ".join(str(message).split()))
 
 
 def main() -> None:

@@ -15,7 +15,12 @@ from cradle_pyro.data.dataset import CellData
 from cradle_pyro.data.encode import design_labels, encode_perturbations
 from cradle_pyro.data.genes import TOTAL_COUNTS, select_genes
 from cradle_pyro.data.qc import annotate_artifacts
-from cradle_pyro.data.split import split_cells, split_column, split_combinations, split_perturbations
+from cradle_pyro.data.split import (
+    split_cells,
+    split_column,
+    split_combinations,
+    split_perturbations,
+)
 from cradle_pyro.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
 
     from cradle_pyro.types import Schema
 
-__all__ = ["Prepared", "assign_split", "cell_data", "make_split", "prepare"]
+__all__ = ["Prepared", "annotate", "assign_split", "cell_data", "make_split", "prepare"]
 
 
 class Prepared(NamedTuple):
@@ -74,9 +79,24 @@ def prepare(adata: AnnData, config: Config) -> Prepared:
 
 
 def annotate(
-    adata: AnnData, options: DataConfig, qc: QCConfig, *, fit_on: np.ndarray | None = None
+    adata: AnnData, options: DataConfig, qc: QCConfig, *, fit_on: np.ndarray | str | None = None
 ) -> None:
-    """Annotate artifacts as configured, with thresholds from the cells `fit_on`."""
+    """Annotate artifacts as configured, with thresholds from the cells `fit_on`.
+
+    Parameters
+    ----------
+    adata
+        The screen; changed in place.
+    options, qc
+        Where counts are, and which metrics and thresholds to use.
+    fit_on
+        Cells to fit thresholds on: a mask, or "column=value"; all cells if omitted.
+
+    Raises
+    ------
+    DataError
+        If a column or layer is missing, counts are not raw, or `fit_on` names no cells.
+    """
     keys = {"counts": qc.counts_key, "genes": qc.genes_key, "pct_mito": qc.pct_mito_key}
     annotate_artifacts(
         adata,
@@ -121,7 +141,9 @@ def assign_split(data: CellData, config: SplitConfig) -> CellData:
         If the method is "column", which needs the AnnData (see :func:`prepare`).
     """
     return data.with_split(
-        make_split(data.labels, config, control=data.schema.control, delimiter=data.schema.delimiter)
+        make_split(
+            data.labels, config, control=data.schema.control, delimiter=data.schema.delimiter
+        )
     )
 
 
@@ -141,7 +163,9 @@ def make_split(
     """
     fractions = (config.train, config.validation, 1.0 - config.train - config.validation)
     if config.method == "column":
-        raise DataError("A split by column is read from the AnnData: set split.key and use prepare.")
+        raise DataError(
+            "A split by column is read from the AnnData: set split.key and use prepare."
+        )
     if config.method == "cells":
         return split_cells(len(labels), seed=config.seed, fractions=fractions, stratify=labels)
     by_label = split_combinations if config.method == "combinations" else split_perturbations
