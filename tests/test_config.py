@@ -69,7 +69,7 @@ def test_toml_reads_back_unchanged(tmp_path, settings):
 
 def test_toml_spells_out_every_setting():
     written = set(keys(tomllib.loads(Config().to_toml())))
-    assert {"model.gene_effect.slab_scale", "objective.counterfactual.kind"} <= written
+    assert {"model.gene_effect.spike_scale", "objective.counterfactual.kind"} <= written
     assert written == set(keys(Config().model_dump(mode="json")))
 
 
@@ -125,8 +125,8 @@ def test_settings_change_nothing_else_and_later_ones_win():
 def test_a_setting_switches_a_component_on_again():
     off = Config().with_settings(["model.gene_effect=none"])
     assert off.with_settings(
-        ["model.gene_effect.slab_scale=0.5"]
-    ).model.gene_effect == GeneEffectConfig(slab_scale=0.5)
+        ["model.gene_effect.spike_scale=0.5"]
+    ).model.gene_effect == GeneEffectConfig(spike_scale=0.5)
 
 
 @pytest.mark.parametrize("setting", ["train.max_epochs", "=3", "", "train.max_epochs:3"])
@@ -141,7 +141,7 @@ def test_a_setting_without_a_value_is_refused(setting):
         ("train.max_epoch=3", "max_epochs"),
         ("modle.n_latents=3", "model"),
         ("model.decoder.hiden=3", "hidden"),
-        ("model.gene_effect.slab_scal=3", "slab_scale"),
+        ("model.gene_effect.spike_scal=3", "spike_scale"),
         ("objective.counterfactual.flip_artefact=1", "flip_artifact"),
         ("max_epochs=3", "train"),  # nothing is near: the known ones are listed
     ],
