@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from pyro import distributions as dist
+from pyro.distributions import TorchDistribution
 from scipy import integrate, stats
+from torch import Tensor
 from torch.distributions import kl_divergence
 
 from cradle_pyro.model.relaxed import (
     PresenceBernoulli,
     ScaleMixtureNormal,
     StraightThroughBernoulli,
+    TiltedScaleMixture,
 )
 
 LOGITS = torch.linspace(-6, 6, 9, dtype=torch.float64)
@@ -129,51 +133,177 @@ def test_presence_draws_zeros_and_ones_and_expands() -> None:
 
 # ------------------------------------------------------------------------------- spike and slab
 
+SCALES = (0.03, 0.2, 0.8)
+WEIGHTS = (0.8, 0.15, 0.05)
+PIECES = (-8.0, -1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0, 8.0)
 
-def mixture(
-    probability: float = 0.05, slab: float = 0.6, spike: float = 0.03
+
+def double(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def make_prior(
+    weights: tuple[float, ...] = WEIGHTS, scales: tuple[float, ...] = SCALES
 ) -> ScaleMixtureNormal:
-    return ScaleMixtureNormal(
-        *(torch.tensor(value, dtype=torch.float64) for value in (probability, slab, spike))
+    return ScaleMixtureNormal(double(weights).log(), double(scales))
+
+
+def make_tilted(loc: float, scale: float) -> TiltedScaleMixture:
+    return TiltedScaleMixture(
+        make_prior(), *(torch.tensor(v, dtype=torch.float64) for v in (loc, scale))
+    )
+
+
+def density(distribution: TorchDistribution, x: float) -> float:
+    return distribution.log_prob(torch.tensor(x, dtype=torch.float64)).exp().item()
+
+
+def expectation(distribution: TorchDistribution, function: Callable[[float], float]) -> float:
+    """Return E[function] by quadrature."""
+    return sum(
+        integrate.quad(lambda x: function(x) * density(distribution, x), low, high, limit=200)[0]
+        for low, high in itertools.pairwise(PIECES)
     )
 
 
 def test_mixture_density_integrates_to_one_with_the_stated_variance() -> None:
-    prior = mixture()
-
-    def density(x: float) -> float:
-        return prior.log_prob(torch.tensor(x, dtype=torch.float64)).exp().item()
-
-    def moment(power: int) -> float:
-        pieces = [(-6.0, -0.3), (-0.3, 0.0), (0.0, 0.3), (0.3, 6.0)]
-        return sum(integrate.quad(lambda x: x**power * density(x), *piece)[0] for piece in pieces)
-
-    assert moment(0) == pytest.approx(1, abs=1e-7)
-    assert moment(1) == pytest.approx(prior.mean.item(), abs=1e-9)
-    assert moment(2) == pytest.approx(prior.variance.item(), rel=1e-6)
+    prior = make_prior()
+    assert expectation(prior, lambda x: 1.0) == pytest.approx(1, abs=1e-7)
+    assert expectation(prior, lambda x: x) == pytest.approx(prior.mean.item(), abs=1e-9)
+    assert expectation(prior, lambda x: x * x) == pytest.approx(prior.variance.item(), rel=1e-6)
 
 
 def test_mixture_density_and_responsibility_are_bayes_rule() -> None:
     values = torch.linspace(-2, 2, 41, dtype=torch.float64)
-    slab = 0.05 * stats.norm(0, 0.6).pdf(values)
-    spike = 0.95 * stats.norm(0, 0.03).pdf(values)
-    prior = mixture()
-    np.testing.assert_allclose(prior.log_prob(values).exp(), slab + spike, rtol=1e-10)
-    np.testing.assert_allclose(prior.responsibility(values), slab / (slab + spike), rtol=1e-10)
+    parts = [w * stats.norm(0, s).pdf(values) for w, s in zip(WEIGHTS, SCALES, strict=True)]
+    prior = make_prior()
+    np.testing.assert_allclose(prior.log_prob(values).exp(), sum(parts), rtol=1e-10)
+    expected = 1 - parts[0] / sum(parts)
+    np.testing.assert_allclose(prior.responsibility(values), expected, rtol=1e-8, atol=1e-12)
 
 
 def test_mixture_draws_follow_its_cumulative_distribution() -> None:
-    draws = mixture(0.3, 1.0, 0.1).expand(torch.Size([5000])).sample()
+    draws = make_prior().expand(torch.Size([5000])).sample()
 
     def cumulative(x: np.ndarray) -> np.ndarray:
-        return 0.3 * stats.norm.cdf(x) + 0.7 * stats.norm.cdf(x / 0.1)
+        return sum(w * stats.norm.cdf(x / s) for w, s in zip(WEIGHTS, SCALES, strict=True))
 
     assert stats.kstest(draws.numpy(), cumulative).pvalue > 1e-3
+    assert make_prior().expand(torch.Size([4, 2])).sample(torch.Size([3])).shape == (3, 4, 2)
 
 
 def test_mixture_far_out_has_finite_density_and_gradient() -> None:
     value = torch.tensor([0.0, 50.0, -1e3], requires_grad=True)
-    log_prob = mixture().log_prob(value.double())
+    log_prob = make_prior().log_prob(value.double())
     assert torch.isfinite(log_prob).all()
     log_prob.sum().backward()
     assert torch.isfinite(value.grad).all()
+
+
+# ------------------------------------------------------------------- posterior under that prior
+
+OBSERVATIONS = [(0.0, 0.1), (0.05, 0.1), (0.4, 0.2), (-1.5, 0.3), (0.3, 5.0), (0.02, 0.01)]
+
+
+@pytest.mark.parametrize(("loc", "scale"), OBSERVATIONS)
+def test_tilted_prior_is_the_exact_posterior_of_a_normal_observation(loc, scale) -> None:
+    prior, q = make_prior(), make_tilted(loc, scale)
+    evidence = expectation(prior, lambda b: stats.norm(b, scale).pdf(loc))
+    for b in (-1.0, -0.1, 0.0, 0.04, 0.3, loc):
+        expected = density(prior, b) * stats.norm(b, scale).pdf(loc) / evidence
+        assert density(q, b) == pytest.approx(expected, rel=1e-6)
+    mean = expectation(q, lambda b: b)
+    variance = expectation(q, lambda b: (b - mean) ** 2)
+    assert q.mean.item() == pytest.approx(mean, rel=1e-6, abs=1e-9)
+    assert q.variance.item() == pytest.approx(variance, rel=1e-5)
+    parts = [
+        w * stats.norm(0, np.hypot(s, scale)).pdf(loc) for w, s in zip(WEIGHTS, SCALES, strict=True)
+    ]
+    np.testing.assert_allclose(q.inclusion, np.array(parts) / sum(parts), rtol=1e-8)
+
+
+@pytest.mark.parametrize(("loc", "scale"), OBSERVATIONS)
+def test_kl_of_the_tilted_prior_is_the_integral(loc, scale) -> None:
+    prior, q = make_prior(), make_tilted(loc, scale)
+
+    def log_ratio(b: float) -> float:
+        value = torch.tensor(b, dtype=torch.float64)
+        return (q.log_prob(value) - prior.log_prob(value)).item()
+
+    found = kl_divergence(q, prior)
+    assert found.item() == pytest.approx(expectation(q, log_ratio), rel=1e-6, abs=1e-8)
+    batch = q.expand(torch.Size([2, 3])).to_event(1)
+    together = kl_divergence(batch, prior.expand(torch.Size([2, 3])).to_event(1))
+    torch.testing.assert_close(together, (3 * found).expand(2))
+
+
+def test_kl_gradient_of_the_tilted_prior_is_that_of_the_integral() -> None:
+    """Weights of the prior are learned through this divergence: they too."""
+    at = {
+        "log_odds": double((1.0, -0.5, -1.0)), "loc": double((0.4,)), "scale": double((0.2,))
+    }  # fmt: skip
+
+    def divergence(values: dict[str, Tensor], *, closed: bool) -> Tensor:
+        prior = ScaleMixtureNormal(values["log_odds"].log_softmax(-1)[None], double(SCALES))
+        q = TiltedScaleMixture(prior, values["loc"], values["scale"])
+        if closed:
+            return kl_divergence(q, prior).sum()
+        grid = torch.linspace(-6, 6, 60_001, dtype=torch.float64)[:, None]
+        log_q = q.log_prob(grid)
+        return (log_q.exp() * (log_q - prior.log_prob(grid))).sum() * (12 / 60_000)
+
+    gradients = []
+    for closed in (True, False):
+        values = {name: value.clone().requires_grad_() for name, value in at.items()}
+        gradients.append(
+            torch.autograd.grad(divergence(values, closed=closed), list(values.values()))
+        )
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_kl_to_another_prior_is_left_to_the_sample() -> None:
+    q = make_tilted(0.4, 0.2)
+    with pytest.raises(NotImplementedError):
+        kl_divergence(q, make_prior(weights=(0.5, 0.3, 0.2)))
+
+
+@pytest.mark.parametrize(("loc", "scale"), OBSERVATIONS)
+def test_tilted_draws_follow_their_distribution(loc, scale) -> None:
+    q = make_tilted(loc, scale)
+    draws = q.expand(torch.Size([4000])).rsample().numpy()
+    shrinkage = np.array(SCALES) ** 2 / (np.array(SCALES) ** 2 + scale**2)
+    spread = np.sqrt(shrinkage) * scale
+
+    def cumulative(x: np.ndarray) -> np.ndarray:
+        parts = zip(q.inclusion.tolist(), shrinkage, spread, strict=True)
+        return sum(w * stats.norm.cdf((x - k * loc) / sd) for w, k, sd in parts)
+
+    assert stats.kstest(draws, cumulative).pvalue > 1e-3
+
+
+def test_tilted_draws_carry_the_exact_gradient_of_a_quadratic() -> None:
+    """E[(b - 1)²] = variance + (mean - 1)²: what a likelihood quadratic in the effect needs."""
+    values = [double((v,)).requires_grad_() for v in (0.4, 0.3)]
+    n = 200_000
+
+    def q() -> TiltedScaleMixture:
+        return TiltedScaleMixture(make_prior().expand(torch.Size([1])), *values)
+
+    exact = torch.autograd.grad((q().variance + (q().mean - 1) ** 2).sum(), values)
+    draws = q().rsample(torch.Size([n]))
+    found = torch.autograd.grad(((draws - 1) ** 2).mean(), values)
+    for one, other in zip(found, exact, strict=True):
+        assert one.item() == pytest.approx(other.item(), rel=0.03)
+
+
+def test_tilted_prior_is_finite_at_the_edges() -> None:
+    loc = torch.tensor([0.0, 30.0, -30.0, 1e-4], requires_grad=True)
+    scale = torch.tensor([1e-4, 1e-4, 50.0, 1e-4], requires_grad=True)
+    prior = ScaleMixtureNormal(torch.tensor([0.9, 0.1]).log(), torch.tensor([0.01, 1.0]))
+    q = TiltedScaleMixture(prior.expand(torch.Size([4])), loc, scale)
+    total = q.rsample().sum() + kl_divergence(q, prior.expand(torch.Size([4]))).sum()
+    total.backward()
+    assert torch.isfinite(total)
+    assert torch.isfinite(loc.grad).all()
+    assert torch.isfinite(scale.grad).all()
