@@ -153,8 +153,9 @@ def make_pool(batch: Batch) -> FlipPool:
 
 
 def with_partners(batch: Batch, *, seed: int = 5) -> Batch:
-    """Return `batch` with a made-up partner of the opposite artifact state for half its cells."""
-    rows = torch.arange(0, len(batch), 2)
+    """Return `batch` with made-up partners of the opposite artifact state for half its cells."""
+    rows = torch.arange(len(batch))
+    rows = rows[rows % 4 < 2]  # passing ones and failing ones
     own = batch.take(rows)
     generator = torch.Generator().manual_seed(seed)
     counts = torch.poisson(own.counts + 1, generator=generator).to(own.counts)
