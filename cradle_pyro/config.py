@@ -121,11 +121,16 @@ class NetworkConfig(_Component):
 
 
 class GeneEffectConfig(_Component):
-    """Spike-and-slab scale mixture for the direct log-fold changes, in nats of the rate."""
+    """Spike-and-slab scale mixture for the direct log-fold changes, in nats of the rate.
 
-    slab_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    slab_scale: PositiveFloat = 0.6
-    spike_scale: PositiveFloat = 0.03
+    `slab_probability` is the starting point, shared equally by the slabs; with `learn_weights`
+    each perturbation's weights are fitted by marginal likelihood (empirical Bayes).
+    """
+
+    spike_scale: PositiveFloat = 0.01
+    slab_scales: tuple[PositiveFloat, ...] = (0.1, 0.3, 1.0)
+    slab_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    learn_weights: bool = True
 
 
 OptionalGeneEffect: TypeAlias = Annotated[

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Schema", "Statistics"]
+__all__ = ["Batch", "EffectStart", "Schema", "Statistics"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,21 @@ class Statistics(NamedTuple):
     log_library_sd: Tensor
     artifact_share: Tensor
     failing_share: Tensor
+
+
+class EffectStart(NamedTuple):
+    """Raw estimates of the direct effects, from which training starts.
+
+    Parameters
+    ----------
+    loc
+        Log-fold changes against control, shape (perturbations, genes), natural logarithm.
+    error
+        Their standard errors, same shape.
+    """
+
+    loc: Tensor
+    error: Tensor
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.errors import DataError
-from cradle_pyro.types import Statistics
+from cradle_pyro.types import EffectStart, Statistics
 
-__all__ = ["training_statistics"]
+__all__ = ["raw_effects", "training_statistics"]
 
 _INVERSE_DISPERSION_RANGE = (0.3, 100.0)
 
@@ -68,6 +69,65 @@ def training_statistics(train: CellData) -> Statistics:
         artifact_share=_tensor((train.artifact > 0).mean(0)),
         failing_share=_tensor(train.failing.mean()),
     )
+
+
+def raw_effects(train: CellData, statistics: Statistics) -> EffectStart:
+    """Return raw log-fold changes of the perturbations, with standard errors.
+
+    Parameters
+    ----------
+    train
+        Training cells. A perturbation is estimated from its passing cells that carry nothing
+        else, or, where there are none, from all cells that carry it.
+    statistics
+        Of the same cells.
+
+    Returns
+    -------
+    EffectStart
+        log of pooled counts over pooled library against control, half a count added; errors from
+        the negative-binomial Fisher information, n l f θ / (θ + l f) for n cells of mean library l.
+        For log-normalised values: differences of means, errors from the gene's variance.
+    """
+    members, reference = _groups(train)
+    groups = [reference, *members]
+    weights = sp.csr_array(
+        (
+            np.ones(sum(map(len, groups))),
+            (np.repeat(np.arange(len(groups)), [len(g) for g in groups]), np.concatenate(groups)),
+        ),
+        shape=(len(groups), train.n_cells),
+    )
+    totals = np.zeros((len(groups), train.schema.n_genes))
+    for rows, counts in train.iter_rows():
+        totals += (weights[:, rows] @ counts.astype(np.float64)).toarray()
+    n_cells = weights.sum(1)[:, None]
+    if train.values == "lognorm":
+        means = totals / n_cells
+        errors = statistics.log_sd.numpy() / np.sqrt(n_cells)
+    else:
+        fraction = np.maximum(statistics.fraction.numpy().astype(np.float64), 1e-9)
+        library = (weights @ train.library.astype(np.float64))[:, None]
+        means = np.log((totals + 0.5) / (library + 0.5 / fraction))
+        theta = statistics.inverse_dispersion.numpy()
+        expected = library / n_cells * fraction
+        errors = 1 / np.sqrt(n_cells * expected * theta / (theta + expected) + 0.25)
+    loc = means[1:] - means[0]
+    return EffectStart(_tensor(loc), _tensor(np.hypot(errors[1:], errors[0])))
+
+
+def _groups(train: CellData) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the cells that each perturbation is estimated from, and the controls (or all cells)."""
+    design = sp.csc_array(train.perturbation)
+    carried = np.asarray((train.perturbation > 0).sum(1)).ravel()
+    passing = ~train.failing
+    members = []
+    for column in range(design.shape[1]):
+        rows = design.indices[design.indptr[column] : design.indptr[column + 1]]
+        alone = rows[(carried[rows] == 1) & passing[rows]]
+        members.append(alone if len(alone) else rows)
+    controls = np.flatnonzero((carried == 0) & passing)
+    return members, controls if len(controls) else np.arange(train.n_cells)
 
 
 def _tensor(values: np.ndarray | float) -> torch.Tensor:

@@ -19,7 +19,7 @@ from cradle_pyro.config import Config, PartnerTerm
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.data.matching import match_partners
 from cradle_pyro.data.prepare import assign_split
-from cradle_pyro.data.statistics import training_statistics
+from cradle_pyro.data.statistics import raw_effects, training_statistics
 from cradle_pyro.errors import ConfigError, DataError
 from cradle_pyro.inference.objectives import CradleELBO, FlipPool
 from cradle_pyro.inference.posterior import Posterior, build_pair, reference_cells
@@ -92,6 +92,7 @@ def fit(
         raise DataError("Expected training cells, found none: the split marks no cell 'train'.")
     statistics = training_statistics(train)
     model, guide = build_pair(data.schema, config, statistics, seed=config.train.seed)
+    guide.start_effects(raw_effects(train, statistics))
     objective = CradleELBO(
         config.objective, flip_pool(train), failing_share=float(statistics.failing_share)
     )

@@ -8,7 +8,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from cradle_pyro import sites
-from cradle_pyro.config import ModelConfig
+from cradle_pyro.config import GeneEffectConfig, ModelConfig
 from cradle_pyro.types import Batch, Schema, Statistics
 
 from .likelihoods import make_likelihood
@@ -28,6 +28,34 @@ def cells_plate(n_cells: int, batch: Batch) -> plate:
 def gate(artifact: Tensor) -> Tensor:
     """Return 1 for cells that carry any artifact, else 0; shape (..., cells, 1)."""
     return (artifact > 0).any(-1, keepdim=True).to(artifact.dtype)
+
+
+class GeneEffectPrior(nn.Module):
+    """Prior of the direct effects: one scale mixture per perturbation.
+
+    Parameters
+    ----------
+    schema
+        Sizes.
+    config
+        Scales, starting weights, and whether the weights of each perturbation are learned.
+    """
+
+    def __init__(self, schema: Schema, config: GeneEffectConfig) -> None:
+        super().__init__()
+        self.n_genes = schema.n_genes
+        slabs = torch.tensor(config.slab_scales)
+        self.register_buffer("scales", torch.cat([torch.tensor([config.spike_scale]), slabs]))
+        slab = config.slab_probability / len(slabs)
+        weights = torch.tensor([1 - config.slab_probability] + [slab] * len(slabs))
+        self.logits = nn.Parameter(
+            weights.log().repeat(schema.n_perturbations, 1), requires_grad=config.learn_weights
+        )
+
+    def forward(self) -> ScaleMixtureNormal:
+        """Return the prior, batch shape (perturbations, genes)."""
+        log_weights = self.logits.log_softmax(-1).unsqueeze(-2)
+        return ScaleMixtureNormal(log_weights.expand(-1, self.n_genes, -1), self.scales)
 
 
 class Cradle(nn.Module):
@@ -56,6 +84,9 @@ class Cradle(nn.Module):
         self.n_cells = statistics.n_cells
         self.likelihood = make_likelihood(config.likelihood, statistics)
         self.decoder = self._make_decoder(statistics)
+        self.gene_effect_prior = None
+        if config.gene_effect is not None:
+            self.gene_effect_prior = GeneEffectPrior(schema, config.gene_effect)
         self.n_artifact_latents = config.n_artifact_latents if schema.n_artifacts else 0
         self.artifact_loading = nn.Parameter(
             0.3 * torch.randn(self.n_artifact_latents, config.n_latents)
@@ -99,7 +130,7 @@ class Cradle(nn.Module):
 
     def perturbation_effects(self) -> tuple[Tensor, Tensor | None]:
         """Sample the masked latent shifts (perturbations, latents) and the gene effects."""
-        config, n_genes = self.config, self.schema.n_genes
+        config = self.config
         one = self.artifact_loading.new_ones(())
         gene_effect = None
         with plate(sites.PERTURBATIONS, self.schema.n_perturbations, dim=-1):
@@ -111,13 +142,8 @@ class Cradle(nn.Module):
                 scale = one * config.effect_scale
                 size = sample(sites.EFFECT, dist.Normal(0 * one, scale).expand(shape).to_event(1))
                 effect = mask * size
-            if config.gene_effect is not None:
-                prior = ScaleMixtureNormal(
-                    one * config.gene_effect.slab_probability,
-                    one * config.gene_effect.slab_scale,
-                    one * config.gene_effect.spike_scale,
-                )
-                gene_effect = sample(sites.GENE_EFFECT, prior.expand([n_genes]).to_event(1))
+            if self.gene_effect_prior is not None:
+                gene_effect = sample(sites.GENE_EFFECT, self.gene_effect_prior().to_event(1))
         return effect, gene_effect
 
     def artifact_effects(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

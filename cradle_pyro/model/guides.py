@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from cradle_pyro import sites
 from cradle_pyro.config import GuideConfig, NetworkConfig
-from cradle_pyro.types import Batch, Schema, Statistics
+from cradle_pyro.types import Batch, EffectStart, Schema, Statistics
 
-from .cradle import Cradle, cells_plate, gate
+from .cradle import Cradle, GeneEffectPrior, cells_plate, gate
 from .networks import CellEncoder, GaussianHead, MeanFieldNormal, ResidualMLP
-from .relaxed import StraightThroughBernoulli
+from .relaxed import StraightThroughBernoulli, TiltedScaleMixture
 
 __all__ = ["CradleGuide", "make_guide"]
+
+_INITIAL_EFFECT_ERROR = 0.3
 
 
 class FreeEffect(nn.Module):
@@ -51,6 +53,25 @@ class MaskedEffect(nn.Module):
         return dist.Normal(normal.loc + self.offset, normal.scale)
 
 
+class TiltedPrior(nn.Module):
+    """q(gene_effect): the prior given one Normal observation of every entry.
+
+    The observation stands for the likelihood: its loc is learned in units of its error, which is
+    set from the training cells (see :meth:`CradleGuide.start_effects`).
+    """
+
+    def __init__(self, prior: GeneEffectPrior, n_perturbations: int, n_genes: int) -> None:
+        super().__init__()
+        self.prior = prior  # the model's: its learned weights are shared
+        self.standard_loc = nn.Parameter(torch.zeros(n_perturbations, n_genes))
+        error = torch.full((n_perturbations, n_genes), _INITIAL_EFFECT_ERROR)
+        self.register_buffer("error", error)
+
+    def forward(self) -> TiltedScaleMixture:
+        """Return the posterior, batch shape (perturbations, genes)."""
+        return TiltedScaleMixture(self.prior(), self.standard_loc * self.error, self.error)
+
+
 class ExpressionInput(nn.Module):
     """The encoders' input: log1p counts standardised with training statistics, and log library.
 
@@ -79,7 +100,7 @@ class CradleGuide(nn.Module):
     Parameters
     ----------
     model
-        Tells which mechanisms there are; no parameter is shared with it.
+        Tells which mechanisms there are; only the learned prior of the gene effects is shared.
     config
         Family and sizes.
     statistics
@@ -88,7 +109,7 @@ class CradleGuide(nn.Module):
     Notes
     -----
     The encoder of z_basal is given the flags' shift and the gated z_artifact rather than their
-    sum through the model's loading: the same information, and the pair shares no parameter.
+    sum through the model's loading: the same information, without sharing the loading.
     """
 
     def __init__(self, model: Cradle, config: GuideConfig, statistics: Statistics) -> None:
@@ -103,7 +124,9 @@ class CradleGuide(nn.Module):
         )
         self._add_perturbation_parts(model, config)
         self._add_artifact_parts(model, config)
-        context = [n_latents, n_latents, model.n_artifact_latents] if structured else []
+        context = [n_latents, n_latents] if structured else []
+        if structured and model.n_artifact_latents:
+            context.append(model.n_artifact_latents)
         self.z_basal = self._encoder(context, n_latents, config.encoder)
 
     def forward(self, batch: Batch) -> None:
@@ -115,7 +138,8 @@ class CradleGuide(nn.Module):
             z_artifact = self.artifact_state(batch, expression, effect, artifact)
             context: list[Tensor] = []
             if self.structured:
-                context = [batch.perturbation @ effect, artifact @ artifact_effect, z_artifact]
+                context = [batch.perturbation @ effect, artifact @ artifact_effect]
+                context += [] if z_artifact is None else [z_artifact]
             normal = self._encode(self.z_basal, batch, expression, context)
             sample(sites.Z_BASAL, normal.to_event(1))
 
@@ -125,6 +149,13 @@ class CradleGuide(nn.Module):
                  self.depth_shift)  # fmt: skip
         parameters = [p for part in parts if part is not None for p in part.parameters()]
         return parameters if self.mask_logits is None else [self.mask_logits, *parameters]
+
+    def start_effects(self, effects: EffectStart) -> None:
+        """Set the gene effects' observations to raw estimates from the training cells."""
+        if isinstance(self.gene_effect, TiltedPrior):
+            with torch.no_grad():
+                self.gene_effect.standard_loc.copy_(effects.loc / effects.error)
+                self.gene_effect.error.copy_(effects.error)
 
     def global_latents(self) -> tuple[Tensor, Tensor]:
         """Sample the global latents; return masked effects and artifact effects."""
@@ -160,10 +191,10 @@ class CradleGuide(nn.Module):
 
     def artifact_state(
         self, batch: Batch, expression: Tensor, effect: Tensor, artifact: Tensor
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Sample z_artifact; its guide is the prior, exactly, where there is no artifact."""
         if self.z_artifact is None:
-            return artifact.new_zeros(len(batch), 0)
+            return None
         context = [batch.perturbation @ effect, artifact] if self.structured else []
         normal = self._encode(self.z_artifact, batch, expression, context)
         failing = gate(artifact)
@@ -178,11 +209,12 @@ class CradleGuide(nn.Module):
             self.mask_logits = nn.Parameter(torch.zeros(schema.n_perturbations, n_latents))
             effect = MaskedEffect if self.structured else FreeEffect
             self.effect = effect(schema.n_perturbations, n_latents, config)
-        if model.config.gene_effect is not None:
-            self.gene_effect = MeanFieldNormal(
-                schema.n_perturbations,
-                schema.n_genes,
-                initial_scale=model.config.gene_effect.spike_scale,
+        if model.gene_effect_prior is not None:
+            shape = (schema.n_perturbations, schema.n_genes)
+            self.gene_effect = (
+                TiltedPrior(model.gene_effect_prior, *shape)
+                if self.structured
+                else MeanFieldNormal(*shape, initial_scale=model.config.gene_effect.spike_scale)
             )
 
     def _add_artifact_parts(self, model: Cradle, config: GuideConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,13 @@ from cradle_pyro.config import NetworkConfig
 __all__ = ["CellEncoder", "Decoder", "GaussianHead", "MeanFieldNormal", "ResidualMLP"]
 
 _SMALLEST_SCALE = 1e-4
+
+
+def _linear(n_inputs: int, n_outputs: int) -> nn.Linear:
+    """Return a linear map without offset; one without inputs (no such mechanism) adds nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        return nn.Linear(n_inputs, n_outputs, bias=False)
 
 
 class ResidualBlock(nn.Module):
@@ -44,9 +52,10 @@ class ResidualMLP(nn.Module):
     def __init__(self, n_inputs: Sequence[int], config: NetworkConfig) -> None:
         super().__init__()
         total = max(sum(n_inputs), 1)
-        self.inputs = nn.ModuleList(nn.Linear(size, config.hidden, bias=False) for size in n_inputs)
-        for linear in self.inputs:
+        inputs = [_linear(size, config.hidden) for size in n_inputs]
+        for linear in inputs:
             nn.init.normal_(linear.weight, std=total**-0.5)
+        self.inputs = nn.ModuleList(inputs)
         self.bias = nn.Parameter(torch.zeros(config.hidden))
         self.blocks = nn.ModuleList(
             ResidualBlock(config.hidden) for _ in range(max(config.layers - 1, 0))
@@ -146,15 +155,14 @@ class Decoder(nn.Module):
         super().__init__()
         self.network = ResidualMLP(n_states, config) if config.layers else None
         self.output = nn.Linear(config.hidden, n_outputs, bias=False) if config.layers else None
-        self.linear = nn.ModuleList(
-            nn.Linear(size, n_outputs, bias=False)
-            for size in (n_states if linear_path or not config.layers else ())
-        )
+        linear_sizes = n_states if linear_path or not config.layers else ()
+        paths = [_linear(size, n_outputs) for size in linear_sizes]
         self.bias = nn.Parameter(torch.zeros(n_outputs))
         if self.output is not None:
             nn.init.normal_(self.output.weight, std=0.1 * config.hidden**-0.5)
-        for linear in self.linear:
-            nn.init.normal_(linear.weight, std=0.1)
+        for path in paths:
+            nn.init.normal_(path.weight, std=0.1)
+        self.linear = nn.ModuleList(paths)
 
     def forward(self, *states: Tensor) -> Tensor:
         """Return logits, shape (..., outputs)."""
