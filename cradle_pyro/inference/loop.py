@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import pandas as pd
 import pyro
 import torch
@@ -28,13 +29,13 @@ from cradle_pyro.types import Batch
 __all__ = ["History", "TrainingLoop", "make_trainer", "quiet_lightning"]
 
 _TRAIN, _VALIDATION = "train", "val"
-_LARGEST_SEED = 2**31
 # What Lightning remarks on although it is as intended, or its own affair.
 _NOTES = (
     ".*does not have many workers.*",
     ".*Checkpoint directory.*exists.*",
     ".*GPU available but not used.*",
     ".*smaller than the logging interval.*",
+    ".*but have no `val_dataloader`.*",
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 with torch 2.13
 )
 
@@ -64,7 +65,12 @@ class TrainingLoop(L.LightningModule):
         self.sizes = dict.fromkeys(self.sums, 0)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        """Return the loss in nats per cell."""
+        """Return the loss in nats per cell, with noise that depends on seed, step and rank only.
+
+        So a resumed run repeats an uninterrupted one, whatever drew random numbers in between.
+        """
+        key = [self.config.seed, self.global_step, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         return self._step(batch, _TRAIN)
 
     def validation_step(self, batch: Batch, index: int) -> None:
@@ -80,8 +86,7 @@ class TrainingLoop(L.LightningModule):
     on_sanity_check_start = on_train_start
 
     def on_train_epoch_start(self) -> None:
-        """Seed the epoch by its number, so that a resumed run repeats an uninterrupted one."""
-        torch.manual_seed((self.config.seed * 100_003 + self.current_epoch) % _LARGEST_SEED)
+        """Choose the epoch's order of cells and its partners."""
         loader: Any = self.trainer.train_dataloader
         loader.sampler.set_epoch(self.current_epoch)
         loader.dataset.set_epoch(self.current_epoch)
@@ -132,30 +137,51 @@ class TrainingLoop(L.LightningModule):
         return means
 
     def _step(self, batch: Batch, stage: str) -> Tensor:
-        # Parameters of PyroModules in an edited pair stay in the pair, not in the global store.
-        with pyro.settings.context(module_local_params=True):
-            terms = self.objective.terms(self.model, self.guide, batch)
+        terms = self._terms(batch)
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
-            raise TrainingError(_describe(terms, self))
+            bad = [name for name, value in terms.items() if not torch.isfinite(value)]
+            raise TrainingError(_describe(f"term {', '.join(bad) or 'sum'}", self))
         size, sums = len(batch), self.sums[stage]
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + size * value.detach()
         self.sizes[stage] += size
         return loss
 
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        # Parameters of PyroModules in an edited pair stay in the pair, not in the global store.
+        # Pyro checks shapes and values in the first step; later, values that are not finite reach
+        # the loss, which tells their term.
+        with (
+            pyro.settings.context(module_local_params=True),
+            pyro.validation_enabled(self.global_step == 0),
+        ):
+            try:
+                return self.objective.terms(self.model, self.guide, batch)
+            except (ValueError, RuntimeError) as error:  # a draw from such values fails at once
+                if not _broken(self):
+                    raise
+                reason = str(error).strip().splitlines()[0]
+                raise TrainingError(
+                    _describe(f"no term could be computed ({reason})", self)
+                ) from error
+
     def _mean_loss(self, stage: str) -> float:
         return sum(float(value) for value in self.sums[stage].values()) / max(self.sizes[stage], 1)
 
 
-def _describe(terms: dict[str, Tensor], loop: TrainingLoop) -> str:
-    bad = [name for name, value in terms.items() if not torch.isfinite(value)]
-    broken = [name for name, p in loop.named_parameters() if not torch.isfinite(p).all()]
+def _broken(loop: TrainingLoop) -> list[str]:
+    """Return the names of parameters that are not finite."""
+    return [name for name, p in loop.named_parameters() if not torch.isfinite(p).all()]
+
+
+def _describe(what: str, loop: TrainingLoop) -> str:
+    broken = _broken(loop)
     parameters = f" Parameters that are not finite: {', '.join(broken[:5])}." if broken else ""
     return (
-        f"The loss is not finite at step {loop.global_step} (epoch {loop.current_epoch}): term "
-        f"{', '.join(bad) or 'sum'}.{parameters} Try a lower train.learning_rate or "
-        "train.gradient_clip, and look for extreme counts or libraries."
+        f"The loss is not finite at step {loop.global_step} (epoch {loop.current_epoch}): {what}."
+        f"{parameters} Try a lower train.learning_rate or train.gradient_clip, and look for "
+        "extreme counts or libraries."
     )
 
 
