@@ -104,7 +104,9 @@ class CradleELBO(ELBO):
             name: -value / (n_cells * self.num_particles)
             for name, value in elbo_terms(model_trace, guide_trace, weights).items()
         }
-        if self.config.counterfactual is not None and self.config.beta > 0:
+        wanted = self.config.counterfactual is not None and self.config.beta > 0
+        # Nothing can be generated from a broken model; the caller sees which term is not finite.
+        if wanted and torch.isfinite(torch.stack(list(terms.values()))).all():
             term = self._counterfactual(model, guide, guide_trace, batch)
             terms[COUNTERFACTUAL] = self.config.beta * term
         return terms, n_cells
