@@ -267,7 +267,7 @@ def test_a_parameter_that_is_not_finite_is_named_in_the_first_step_too():
         with torch.no_grad():
             module.guide.depth_shift.loc[:] = torch.inf
 
-    with pytest.raises(TrainingError, match="guide.depth_shift.loc"):
+    with pytest.raises(TrainingError, match=r"guide\.depth_shift\.loc"):
         make_fit(callbacks=[At(0, spoil)])
 
 
@@ -408,8 +408,8 @@ def test_an_epochs_order_depends_on_seed_and_epoch_only():
     first = list(batches)
     assert [len(batch) for batch in first] == [4, 4, 2]
     assert len(batches) == 3
-    assert sorted(sum(first, [])) == list(range(10))
+    assert sorted(np.concatenate(first)) == list(range(10))
     assert list(batches) == first
     batches.set_epoch(2)
     assert list(batches) != first
-    assert sum(EpochBatches(10, 4, seed=None), []) == list(range(10))
+    assert np.concatenate(list(EpochBatches(10, 4, seed=None))).tolist() == list(range(10))
