@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,17 @@ class Evaluation:
     scores: pd.DataFrame
     facts: dict[str, Any]
 
-    def table(self, metrics: Sequence[str] = ("ate_rho", "ate_r2", "ate_rho_top20", "jaccard_top20")) -> pd.DataFrame:  # fmt: skip
+    def table(
+        self, metrics: Sequence[str] = ("ate_rho", "ate_r2", "ate_rho_top20", "jaccard_top20")
+    ) -> pd.DataFrame:
         """Return a readable table, one row per reference, label set and predictor."""
-        kept = self.scores[self.scores["metric"].isin(metrics)]
-        wide = kept.pivot_table(
-            index=["reference", "labels", "predictor"], columns="metric", values="value", sort=False
-        )
+        keys = ["reference", "labels", "predictor"]
+        # As ordered categories, names sort as they first appear.
+        names = {
+            key: pd.Categorical(self.scores[key], self.scores[key].unique(), ordered=True)
+            for key in keys
+        }
+        wide = self.scores.assign(**names).pivot(index=keys, columns="metric", values="value")
         return wide.reindex(columns=list(metrics))
 
     def write(self, path: str | Path) -> Path:
@@ -67,7 +73,8 @@ class Evaluation:
         except OSError as error:
             raise CheckpointError(f"Could not write '{path}': {error}.") from error
         finally:
-            staging.unlink(missing_ok=True)
+            with suppress(OSError):
+                staging.unlink(missing_ok=True)
         return path
 
 
@@ -218,7 +225,7 @@ def _tidy(
     ]
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+def _plain(value: Any) -> Any:
     """Return `value` for JSON: numbers that are not finite become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

@@ -14,12 +14,12 @@ from cradle_pyro import sites
 from cradle_pyro.errors import QueryError, near, shown
 from cradle_pyro.inference.posterior import Posterior, draw_latents
 from cradle_pyro.model.intervene import run_world
+from cradle_pyro.model.likelihoods import NormalLikelihood
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch, Schema
 
 __all__ = ["average_effect", "effect_draws", "generated_effects", "label_designs"]
 
-_SCALE = 1e4
 _INTERVAL = (0.025, 0.975)
 
 
@@ -100,7 +100,8 @@ def effect_draws(
         base = expression(_rate(posterior, batch, latents)).mean(0)
         for column, design in enumerate(designs):
             world = batch.replace(perturbation=design.expand_as(batch.perturbation))
-            means[index, column] = (expression(_rate(posterior, world, latents)).mean(0) - base).cpu()
+            effect = expression(_rate(posterior, world, latents)).mean(0) - base
+            means[index, column] = effect.cpu()
     return means
 
 
@@ -147,12 +148,13 @@ def generated_effects(
             depth = depth.to(posterior.device)
             world = batch.replace(perturbation=design.expand_as(batch.perturbation), library=depth)
             with torch.no_grad():
-                counts = likelihood(_rate(posterior, world, latents), depth).sample()
-            fraction = counts / depth.unsqueeze(-1)
-            values = torch.log2(1 + _SCALE * fraction) if functional == "mean_log" else fraction
+                fraction = likelihood(_rate(posterior, world, latents), depth).sample()
+            if not isinstance(likelihood, NormalLikelihood):
+                fraction = fraction / depth.unsqueeze(-1)
+            values = likelihood.log2_expression(fraction) if functional == "mean_log" else fraction
             totals[row] += values.mean(0).cpu().numpy() / draws
     if functional == "log_mean":
-        totals = np.log2(1 + _SCALE * totals)
+        totals = likelihood.log2_expression(torch.as_tensor(totals)).numpy()
     return totals[1:] - totals[:1]
 
 
