@@ -236,7 +236,8 @@ def test_a_fresh_guide_is_close_to_the_prior(family) -> None:
     guide_config = {"family": family, "initial_scale": 0.1}
     pair = build_pair(schema, make_config(guide=guide_config), make_statistics(schema), seed=0)
     nodes = nodes_of(pair[1], make_batch(schema))
-    torch.testing.assert_close(nodes[sites.EFFECT_MASK]["fn"].mean, torch.full((3, 5), 0.5))
+    prior = torch.full((3, 5), make_config().model.mask_probability)
+    torch.testing.assert_close(nodes[sites.EFFECT_MASK]["fn"].mean, prior)
     for name in (sites.ARTIFACT_EFFECT, sites.ARTIFACT_RISK, sites.DEPTH_SHIFT):
         q = nodes[name]["fn"]
         scale = torch.full_like(q.stddev, 0.1)

@@ -777,6 +777,19 @@ def test_half_are_flipped_by_default_and_designs_are_those_of_training(monkeypat
     assert {tuple(row) for row in flipped.perturbation.tolist()} <= seen
 
 
+def test_missing_flags_are_flipped_from_what_the_guide_drew(monkeypatch) -> None:
+    """Not from the rows of the batch, which say nothing."""
+    batch = make_batch(make_schema(), n_cells=60, missing=True)
+    unknown = ~batch.artifact_observed
+    batch.artifact[unknown] = 1.0
+    flipped, latents = capture(monkeypatch, batch, flip_artifact=0.0, flip_perturbation=0.0)
+    drawn = latents[f"{sites.ARTIFACT}_unobserved"]
+    assert not (drawn[unknown] == 1).all()
+    assert flipped.artifact_observed is None
+    assert torch.equal(flipped.artifact[unknown], drawn[unknown])
+    assert torch.equal(flipped.artifact[~unknown], batch.artifact[~unknown])
+
+
 def test_library_follows_the_artifact(monkeypatch) -> None:
     """By its learned shift, else from training cells of that state; as it was if the flags are."""
     batch = make_batch(make_schema(), n_cells=300)
