@@ -33,7 +33,17 @@ cli = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+def _leave_warnings_out(quiet: bool) -> bool:
+    if quiet:
+        warnings.simplefilter("ignore", DataWarning)
+    return quiet
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print nothing but errors.", callback=_leave_warnings_out),
+]
 Settings = Annotated[
     Optional[list[str]],
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated."),
@@ -65,9 +75,10 @@ def simulate(
 
     Example: cradle-pyro simulate --out screen.h5ad --cells 3000
     """
-    from cradle_pyro.data.fields import write_h5ad_atomic
+    from cradle_pyro.data.fields import check_target, write_h5ad_atomic
     from cradle_pyro.simulate.perturbseq import simulate_perturbseq
 
+    check_target(out)
     adata = simulate_perturbseq(
         n_cells=cells, n_genes=genes, n_perturbations=perturbations, n_pairs=pairs, seed=seed
     )
@@ -96,11 +107,12 @@ def annotate(
 
     Example: cradle-pyro annotate screen.h5ad --out annotated.h5ad --n-mads 3
     """
-    from cradle_pyro.data.fields import read_screen, write_h5ad_atomic
+    from cradle_pyro.data.fields import check_target, read_screen, write_h5ad_atomic
     from cradle_pyro.data.prepare import annotate as annotate_as_configured
 
     flags = {"qc.n_mads": n_mads, "data.layer": layer}
     resolved = _config(config, settings, flags)
+    check_target(out)
     adata = read_screen(data)
     annotate_as_configured(adata, resolved.data, resolved.qc, fit_on=fit_on)
     write_h5ad_atomic(adata, out)

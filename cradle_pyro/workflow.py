@@ -25,24 +25,24 @@ from cradle_pyro.inference.train import fit
 from cradle_pyro.reporting.table import write_text_report
 from cradle_pyro.simulate.perturbseq import simulate_perturbseq
 
-__all__ = ["evaluate_run", "run_demo", "train_run"]
+__all__ = ["DEMO_SETTINGS", "evaluate_run", "run_demo", "train_run"]
 
 _SPLIT = "cradle_split"
-_DEMO = {
-    "data.layer": '"counts"',
-    "split.method": '"combinations"',
-}
-_SMOKE = {
-    "train.max_epochs": "2",
-    "model.n_latents": "4",
-    "model.decoder.hidden": "32",
-    "guide.encoder.hidden": "32",
-    "evaluation.draws": "3",
-    "evaluation.n_controls": "20",
-    "evaluation.n_density_cells": "20",
-    "evaluation.min_cells": "2",
-    "evaluation.split_half_repeats": "3",
-}
+DEMO_SETTINGS = ("data.layer='counts'", "split.method=combinations")
+"""What the demo changes in the default configuration."""
+
+_SMOKE_SETTINGS = (
+    "train.max_epochs=2",
+    "model.n_latents=4",
+    "model.decoder.hidden=32",
+    "guide.encoder.hidden=32",
+    "evaluation.draws=3",
+    "evaluation.n_controls=20",
+    "evaluation.n_density_cells=20",
+    "evaluation.min_cells=2",
+    "evaluation.split_half_repeats=3",
+)
+_SMOKE_SIZE = {"n_cells": 400, "n_genes": 80, "n_perturbations": 5, "n_pairs": 3}
 
 
 def train_run(
@@ -61,6 +61,7 @@ def train_run(
         For a mistake in the data, the configuration or the directory, before long work.
     """
     path, out = Path(path), Path(out)
+    _check_writable(out)
     adata = read_screen(path)
     return _train(adata, path, out, config, resume=resume, progress=progress)
 
@@ -68,7 +69,6 @@ def train_run(
 def _train(
     adata: AnnData, path: Path, out: Path, config: Config, *, resume: bool, progress: bool
 ) -> Posterior:
-    _check_writable(out)
     prepared = prepare(adata, config)
     data = prepared.data
     covariates = _covariate_table(prepared.adata, config)
@@ -110,9 +110,20 @@ def evaluate_run(
     """
     run = Path(run)
     posterior = load(run)
-    path = Path(data) if data is not None else Path(posterior.facts.get("data", ""))
-    adata = read_screen(path)
-    return _evaluate(posterior, adata, path, Path(out) if out else run / "metrics.json")
+    out = Path(out) if out else run / "metrics.json"
+    _check_writable(out.parent)
+    path = Path(data) if data is not None else _recorded_path(posterior, run)
+    return _evaluate(posterior, read_screen(path), path, out)
+
+
+def _recorded_path(posterior: Posterior, run: Path) -> Path:
+    path = posterior.facts.get("data")
+    if path is None or not Path(path).exists():
+        raise DataError(
+            f"The screen that '{run}' was trained on is not at its recorded path"
+            f"{f', {path!r}' if path else ''}. Give it with --data."
+        )
+    return Path(path)
 
 
 def _evaluate(
@@ -156,14 +167,13 @@ def run_demo(
     """
     out = Path(out)
     _check_writable(out)
-    settings = _DEMO | (_SMOKE if smoke else {})
     if config is None:
-        config = Config().with_settings([f"{key}={value}" for key, value in settings.items()])
+        config = Config().with_settings([*DEMO_SETTINGS, *(_SMOKE_SETTINGS if smoke else ())])
     config = config.with_settings([f"split.seed={seed}", f"train.seed={seed}"])
-    size = {"n_cells": 400, "n_genes": 80, "n_perturbations": 5, "n_pairs": 3} if smoke else {}
-    adata = simulate_perturbseq(seed=seed, **size)
+    adata = simulate_perturbseq(seed=seed, **(_SMOKE_SIZE if smoke else {}))
     say(f"Simulated {adata.n_obs:,} cells x {adata.n_vars:,} genes with known truth.")
     prepared = prepare(adata, config)
+    out.mkdir(parents=True, exist_ok=True)
     path = out / "screen.h5ad"
     prepared.adata.obs[_SPLIT] = prepared.data.split
     write_h5ad_atomic(prepared.adata, path)
@@ -185,9 +195,9 @@ def _covariate_table(adata: AnnData, config: Config) -> pd.DataFrame | None:
 
 
 def _check_writable(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"Cannot write to '{path}': {error}. Choose another --out.") from error
-    if not os.access(path, os.W_OK):
+    """Raise unless the directory `path` can be made and written to; nothing is made yet."""
+    nearest = next(place for place in (path, *path.resolve().parents) if place.exists())
+    if not nearest.is_dir():
+        raise DataError(f"Cannot write to '{path}': '{nearest}' is a file. Choose another --out.")
+    if not os.access(nearest, os.W_OK):
         raise DataError(f"Cannot write to '{path}': permission denied. Choose another --out.")

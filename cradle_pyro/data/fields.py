@@ -152,6 +152,26 @@ def _reason(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise unless a file can be written at `path`; for a look before long work.
+
+    Raises
+    ------
+    DataError
+        The directory does not exist or is not writable, or `path` is a directory.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise DataError(
+            f"{str(path)!r} cannot be written: there is no directory {str(path.parent)!r}; "
+            "create it first."
+        )
+    if path.is_dir():
+        raise DataError(f"{str(path)!r} is a directory; give the name of a file.")
+    if not os.access(path.parent, os.W_OK):
+        raise DataError(f"{str(path)!r} cannot be written: permission denied.")
+
+
 def write_h5ad_atomic(
     adata: AnnData,
     path: str | os.PathLike[str],
@@ -169,10 +189,7 @@ def write_h5ad_atomic(
         The directory does not exist, the disk is full, or AnnData cannot write a value.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise DataError(f"The directory {str(path.parent)!r} does not exist; create it first.")
-    if path.is_dir():
-        raise DataError(f"{str(path)!r} is a directory; give the name of an .h5ad file.")
+    check_target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _write_elements(
