@@ -15,8 +15,15 @@ import numpy as np
 import pandas as pd
 import pyro
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 
 from cradle_pyro.config import TrainConfig
@@ -221,6 +228,54 @@ class History(Callback):
         return pd.DataFrame(self.epochs)
 
 
+class TrainingProgress(Callback):
+    """One bar over all epochs, with the time left and the validation loss."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the bar."""
+        self.bar = Progress(
+            TextColumn("Epoch {task.fields[epoch]}/{task.total:.0f}"),
+            BarColumn(bar_width=14),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[loss]}"),
+        )
+        start = trainer.current_epoch
+        self.task = self.bar.add_task(
+            "", total=trainer.max_epochs, completed=start, epoch=start, loss=""
+        )
+        self.bar.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        index: int,
+    ) -> None:
+        """Move on by a batch."""
+        self.bar.advance(self.task, 1 / trainer.num_training_batches)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the epoch and its loss."""
+        loss = trainer.callback_metrics.get("val_loss")
+        text = "" if loss is None else f"validation {float(loss):.2f} nats"
+        self.bar.update(self.task, epoch=trainer.current_epoch + 1, loss=text)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the bar as it is."""
+        self.bar.stop()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the terminal back."""
+        if hasattr(self, "bar"):
+            self.bar.stop()
+
+
 def make_trainer(
     config: TrainConfig,
     directory: Path,
@@ -239,7 +294,7 @@ def make_trainer(
     if validate:
         extra.append(EarlyStopping("val_loss", patience=config.patience, check_finite=False))
     if progress:
-        extra.append(TQDMProgressBar(leave=True))
+        extra.append(TrainingProgress())
     trainer = L.Trainer(
         accelerator="gpu" if config.accelerator == "cuda" else config.accelerator,
         devices=config.devices,
@@ -249,7 +304,7 @@ def make_trainer(
         callbacks=extra,
         plugins=[SafeCheckpointIO()],
         logger=False,
-        enable_progress_bar=progress,
+        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
