@@ -151,12 +151,10 @@ class CradleELBO(ELBO):
             raise ValueError("The consistency terms need a pool of training states (FlipPool).")
         rows = torch.arange(len(batch), device=batch.library.device)
         if term.generated_fraction < 1:
-            size = max(int(round(term.generated_fraction * len(batch))), 1)
+            size = max(round(term.generated_fraction * len(batch)), 1)
             rows = torch.randperm(len(batch), device=rows.device)[:size]
         local = local_sites(guide_trace)
-        latents = {
-            name: value[rows] if name in local else value for name, value in latents.items()
-        }
+        latents = {name: value[rows] if name in local else value for name, value in latents.items()}
         factual = _with_imputed_flags(batch, latents, rows)
         flipped = _flip(factual, latents, self.pool, term.flip_artifact, term.flip_perturbation)
         world = run_world(
@@ -264,7 +262,9 @@ def one_particle(trace: Trace) -> dict[str, Tensor]:
             continue
         value = site["value"].detach()
         n_dims = len(site["fn"].event_shape) + 1
-        values[name] = value.reshape(value.shape[-n_dims - 1 :])[0] if value.dim() > n_dims else value
+        values[name] = (
+            value.reshape(value.shape[-n_dims - 1 :])[0] if value.dim() > n_dims else value
+        )
     return values
 
 
@@ -364,7 +364,9 @@ def _flip(
             library = library * shift.exp()
         else:
             of_state = torch.where(
-                failing, _choose(pool.passing_library, n_cells), _choose(pool.failing_library, n_cells)
+                failing,
+                _choose(pool.passing_library, n_cells),
+                _choose(pool.failing_library, n_cells),
             )
             library = torch.where(changed, of_state, library)
     changed = torch.rand(n_cells, device=device) < flip_perturbation
