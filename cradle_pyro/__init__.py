@@ -67,7 +67,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 (PEP 562)
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'cradle_pyro' has no attribute '{name}'")
     value = getattr(import_module(f"cradle_pyro.{_HOMES[name]}"), name)

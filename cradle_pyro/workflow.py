@@ -181,9 +181,7 @@ def run_demo(
     say(f"Annotated artifacts with thresholds from training cells: {share:.1%} of cells flagged.")
     config = config.with_settings(["split.method=column", f"split.key={_SPLIT}"])
     say(f"Training for up to {config.train.max_epochs} epochs ...")
-    posterior = _train(
-        prepared.adata, path, out / "run", config, resume=False, progress=progress
-    )
+    posterior = _train(prepared.adata, path, out / "run", config, resume=False, progress=progress)
     say("Evaluating on held-out cells and against the truth ...")
     evaluation, _ = _evaluate(posterior, prepared.adata, path, out / "run" / "metrics.json")
     return evaluation, write_text_report(evaluation, out / "report.md")

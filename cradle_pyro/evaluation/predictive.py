@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from cradle_pyro.inference.objectives import local_sites
 from cradle_pyro.inference.posterior import Posterior, draw_latents
 from cradle_pyro.model.intervene import run_world
 from cradle_pyro.seeding import seeded
+from cradle_pyro.types import Batch
 
 __all__ = ["GeneratedQC", "generated_qc", "held_out_density"]
 
@@ -77,8 +79,10 @@ def held_out_density(
     return values
 
 
-def _log_weight(posterior, guide, batch) -> torch.Tensor:  # noqa: ANN001
-    """Return log p(x, local) - log q(local | x) of one draw of the local latents, shape (cells,)."""
+def _log_weight(
+    posterior: Posterior, guide: Callable[[Batch], object], batch: Batch
+) -> torch.Tensor:
+    """Return log p(x, local) - log q(local | x) of one draw of the locals, shape (cells,)."""
     guide_trace = poutine.trace(guide).get_trace(batch)
     values = {
         name: site["value"] for name, site in guide_trace.nodes.items() if site["type"] == "sample"

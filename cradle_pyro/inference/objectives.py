@@ -144,6 +144,7 @@ class CradleELBO(ELBO):
         self, model: PyroCallable, guide: PyroCallable, guide_trace: Trace, batch: Batch
     ) -> Tensor:
         term = self.config.counterfactual
+        assert term is not None  # `_terms` asks for a term only where there is one
         latents = one_particle(guide_trace)
         if isinstance(term, PartnerTerm):
             return partner_term(guide, latents, batch)

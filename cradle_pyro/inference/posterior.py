@@ -136,7 +136,6 @@ def reference_cells(
         for piece in rows.split(chunk):
             batch = train.batch(piece.numpy(), device=device)
             node = poutine.trace(guide).get_trace(batch).nodes[sites.Z_BASAL]
-            parts.append(
-                (node["fn"].base_dist.loc, node["fn"].base_dist.scale, batch.library, batch.covariates)
-            )
+            normal = node["fn"].base_dist
+            parts.append((normal.loc, normal.scale, batch.library, batch.covariates))
     return ReferenceCells(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))

@@ -20,9 +20,8 @@ __all__ = ["Cradle", "cells_plate", "gate"]
 
 def cells_plate(n_cells: int, batch: Batch) -> plate:
     """Return the plate of the cells in `batch`, scaled to the `n_cells` of the training set."""
-    return plate(
-        sites.CELLS, n_cells, subsample=torch.arange(len(batch), device=batch.library.device), dim=-1
-    )
+    rows = torch.arange(len(batch), device=batch.library.device)
+    return plate(sites.CELLS, n_cells, subsample=rows, dim=-1)
 
 
 def gate(artifact: Tensor) -> Tensor:
@@ -40,6 +39,8 @@ class GeneEffectPrior(nn.Module):
     config
         Scales, starting weights, and whether the weights of each perturbation are learned.
     """
+
+    scales: Tensor
 
     def __init__(self, schema: Schema, config: GeneEffectConfig) -> None:
         super().__init__()
@@ -138,7 +139,8 @@ class Cradle(nn.Module):
             if config.latent_effect:
                 shape = [config.n_latents]
                 probability = one * config.mask_probability
-                mask = sample(sites.EFFECT_MASK, dist.Bernoulli(probability).expand(shape).to_event(1))
+                present = dist.Bernoulli(probability).expand(shape).to_event(1)
+                mask = sample(sites.EFFECT_MASK, present)
                 scale = one * config.effect_scale
                 size = sample(sites.EFFECT, dist.Normal(0 * one, scale).expand(shape).to_event(1))
                 effect = mask * size
@@ -159,7 +161,8 @@ class Cradle(nn.Module):
                 shape = [self.schema.n_perturbations]
                 risk = sample(sites.ARTIFACT_RISK, prior.expand(shape).to_event(1))
             if self.has_depth_shift:
-                depth = sample(sites.DEPTH_SHIFT, dist.Normal(0 * one, one * config.depth_shift_scale))
+                prior = dist.Normal(0 * one, one * config.depth_shift_scale)
+                depth = sample(sites.DEPTH_SHIFT, prior)
         return effect, risk, depth
 
     def artifact(self, batch: Batch, perturbation: Tensor, risk: Tensor | None) -> Tensor:
@@ -195,8 +198,9 @@ class Cradle(nn.Module):
         """Return the library size, shape (cells,): modelled, or given by the data."""
         if depth is None:
             return deterministic(sites.LIBRARY, batch.library)
-        loc = self.log_library_loc
-        loc = batch.covariates @ loc if self.schema.n_covariate_levels else loc.expand(len(batch))
+        levels = self.log_library_loc
+        has_levels = self.schema.n_covariate_levels > 0
+        loc = batch.covariates @ levels if has_levels else levels.expand(len(batch))
         loc = loc + (artifact @ depth.unsqueeze(-1)).squeeze(-1)
         library = dist.LogNormal(loc, self.log_library_log_scale.exp())
         return sample(sites.LIBRARY, library, obs=batch.library)
@@ -210,11 +214,12 @@ class Cradle(nn.Module):
         log_fold_change: Tensor | None,
     ) -> Tensor:
         """Return the expected fractions of the kept genes, shape (..., cells, genes)."""
+        states = [z_basal, perturbation_shift, artifact_shift]
         if self.config.combine == "sum":
-            states = (z_basal + perturbation_shift + artifact_shift, covariates)
-        else:
-            states = (z_basal, perturbation_shift, artifact_shift, covariates)
-        logits = self.decoder(*(states if self.schema.n_covariate_levels else states[:-1]))
+            states = [z_basal + perturbation_shift + artifact_shift]
+        if self.schema.n_covariate_levels:
+            states.append(covariates)
+        logits = self.decoder(*states)
         if log_fold_change is not None:
             if self.schema.has_rest:
                 log_fold_change = nn.functional.pad(log_fold_change, (0, 1))

@@ -49,9 +49,7 @@ def run_world(
     )
     with torch.no_grad():
         trace = poutine.trace(world).get_trace(batch)
-    values = {
-        name: node["value"] for name, node in trace.nodes.items() if node["type"] == "sample"
-    }
+    values = {name: node["value"] for name, node in trace.nodes.items() if node["type"] == "sample"}
     unknown = set(interventions) - set(values)
     if unknown:
         raise KeyError(f"No such site to intervene on: {sorted(unknown)}; found {sorted(values)}.")

@@ -7,7 +7,7 @@ number per cell and the terms that do not depend on the mean are computed once f
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pyro.distributions import TorchDistribution, constraints
@@ -37,7 +37,7 @@ _PER_TEN_THOUSAND = 1e4
 class _GeneDistribution(TorchDistribution):
     """Independent genes of a cell: batch shape (..., cells), event shape (genes,)."""
 
-    arg_constraints = {}  # noqa: RUF012 (torch's interface)
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.independent(constraints.nonnegative, 1)
     has_rsample = False
 
@@ -52,7 +52,8 @@ class _GeneDistribution(TorchDistribution):
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.loc = self.loc.expand(torch.Size(batch_shape) + self.event_shape)
-        TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
+        shape = torch.Size(batch_shape)
+        TorchDistribution.__init__(new, shape, self.event_shape, validate_args=False)
         return new
 
     @property
@@ -247,7 +248,7 @@ def _log_binomial(value: Tensor, theta: Tensor) -> Tensor:
 
 
 class AbstractLikelihood(nn.Module):
-    """What every likelihood offers: a rate from logits, and a distribution from rate and library."""
+    """What every likelihood offers: a rate, and a distribution given rate and library."""
 
     def rate(self, logits: Tensor, *, has_rest: bool) -> Tensor:
         """Return the expected fraction of the library per kept gene.
@@ -317,7 +318,7 @@ class ZeroInflatedLikelihood(_WithDispersion):
 
 
 class NormalLikelihood(AbstractLikelihood):
-    """Log-normalised values with Normal noise around the decoder's output; the library is unused."""
+    """Log-normalised values with Normal noise around the decoder's output, without a library."""
 
     def __init__(self, statistics: Statistics) -> None:
         super().__init__()
@@ -350,4 +351,4 @@ def make_likelihood(
         "zinb": ZeroInflatedLikelihood,
         "normal": NormalLikelihood,
     }
-    return kinds[name](statistics)  # type: ignore[call-arg]
+    return kinds[name](statistics)

@@ -7,6 +7,7 @@ which has none, it falls back to the sample.
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution, constraints
@@ -24,6 +25,7 @@ __all__ = [
     "TiltedScaleMixture",
 ]
 
+
 class StraightThroughBernoulli(TorchDistribution):
     """Bernoulli with a straight-through sample: exact zeros and ones forward, identity backward.
 
@@ -38,7 +40,7 @@ class StraightThroughBernoulli(TorchDistribution):
         Log-odds, any shape.
     """
 
-    arg_constraints = {"logits": constraints.real}  # noqa: RUF012 (torch's interface)
+    arg_constraints: ClassVar[dict[str, Any]] = {"logits": constraints.real}
     support = constraints.boolean
     has_rsample = True
 
@@ -96,7 +98,7 @@ class PresenceBernoulli(Bernoulli, TorchDistribution):
 
     support = constraints.unit_interval
 
-    def expand(
+    def expand(  # type: ignore[override]  # torch calls its own argument something else
         self, batch_shape: torch.Size, _instance: TorchDistribution | None = None
     ) -> PresenceBernoulli:
         """Return the distribution with a larger batch shape."""
@@ -121,7 +123,7 @@ class ScaleMixtureNormal(TorchDistribution):
         Standard deviations, the spike first, shape (components,).
     """
 
-    arg_constraints = {}  # noqa: RUF012 (torch's interface)
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real
     has_rsample = False
 
@@ -195,7 +197,7 @@ class TiltedScaleMixture(TorchDistribution):
     would have it. The prior's weights receive the EM gradient, the probabilities of inclusion.
     """
 
-    arg_constraints = {}  # noqa: RUF012 (torch's interface)
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real
     has_rsample = True
 

@@ -1,1 +1,1 @@
-"""Questions to a posterior: effects of interventions, profiles of cells in other worlds, latents."""
+"""Questions to a posterior: effects of interventions, latents, cells in other worlds."""
