@@ -162,10 +162,7 @@ def check_target(path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise DataError(
-            f"{str(path)!r} cannot be written: there is no directory {str(path.parent)!r}; "
-            "create it first."
-        )
+        raise DataError(f"The directory {str(path.parent)!r} does not exist; create it first.")
     if path.is_dir():
         raise DataError(f"{str(path)!r} is a directory; give the name of a file.")
     if not os.access(path.parent, os.W_OK):
