@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cradle_pyro import sites
 from cradle_pyro.config import GuideConfig, NetworkConfig
-from cradle_pyro.types import Batch, EffectStart, Schema, Statistics
+from cradle_pyro.types import Batch, EffectStart, Statistics
 
 from .cradle import Cradle, GeneEffectPrior, cells_plate, gate
 from .networks import CellEncoder, GaussianHead, MeanFieldNormal, ResidualMLP
@@ -27,7 +27,8 @@ class FreeEffect(nn.Module):
 
     def __init__(self, n_perturbations: int, n_latents: int, config: GuideConfig) -> None:
         super().__init__()
-        self.normal = MeanFieldNormal(n_perturbations, n_latents, initial_scale=config.initial_scale)
+        scale = config.initial_scale
+        self.normal = MeanFieldNormal(n_perturbations, n_latents, initial_scale=scale)
 
     def forward(self, mask: Tensor) -> dist.Normal:
         """Return the Normal, shape (perturbations, latents)."""
@@ -60,6 +61,8 @@ class TiltedPrior(nn.Module):
     set from the training cells (see :meth:`CradleGuide.start_effects`).
     """
 
+    error: Tensor
+
     def __init__(self, prior: GeneEffectPrior, n_perturbations: int, n_genes: int) -> None:
         super().__init__()
         self.prior = prior  # the model's: its learned weights are shared
@@ -77,6 +80,11 @@ class ExpressionInput(nn.Module):
 
     The same constants serve query data.
     """
+
+    log_mean: Tensor
+    log_sd: Tensor
+    log_library_mean: Tensor
+    log_library_sd: Tensor
 
     def __init__(self, statistics: Statistics, *, take_log: bool) -> None:
         super().__init__()
@@ -112,6 +120,15 @@ class CradleGuide(nn.Module):
     sum through the model's loading: the same information, without sharing the loading.
     """
 
+    mask_logits: nn.Parameter | None
+    effect: MaskedEffect | FreeEffect | None
+    gene_effect: TiltedPrior | MeanFieldNormal | None
+    artifact_effect: MeanFieldNormal | None
+    artifact_risk: MeanFieldNormal | None
+    depth_shift: MeanFieldNormal | None
+    artifact_logits: nn.Linear | None
+    z_artifact: CellEncoder | None
+
     def __init__(self, model: Cradle, config: GuideConfig, statistics: Statistics) -> None:
         super().__init__()
         schema, n_latents = model.schema, model.config.n_latents
@@ -119,9 +136,7 @@ class CradleGuide(nn.Module):
         self.schema = schema
         self.n_cells = model.n_cells
         self.structured = structured
-        self.expression = ExpressionInput(
-            statistics, take_log=model.config.likelihood != "normal"
-        )
+        self.expression = ExpressionInput(statistics, take_log=model.config.likelihood != "normal")
         self._add_perturbation_parts(model, config)
         self._add_artifact_parts(model, config)
         context = [n_latents, n_latents] if structured else []
@@ -163,7 +178,7 @@ class CradleGuide(nn.Module):
             effect = self.expression.log_mean.new_zeros(
                 self.schema.n_perturbations, self.z_basal.head.loc.out_features
             )
-            if self.mask_logits is not None:
+            if self.mask_logits is not None and self.effect is not None:
                 mask_dist = StraightThroughBernoulli(self.mask_logits)
                 mask = sample(sites.EFFECT_MASK, mask_dist.to_event(1))
                 effect = mask * sample(sites.EFFECT, self.effect(mask).to_event(1))
@@ -211,10 +226,11 @@ class CradleGuide(nn.Module):
             self.effect = effect(schema.n_perturbations, n_latents, config)
         if model.gene_effect_prior is not None:
             shape = (schema.n_perturbations, schema.n_genes)
+            spike_scale = float(model.gene_effect_prior.scales[0])
             self.gene_effect = (
                 TiltedPrior(model.gene_effect_prior, *shape)
                 if self.structured
-                else MeanFieldNormal(*shape, initial_scale=model.config.gene_effect.spike_scale)
+                else MeanFieldNormal(*shape, initial_scale=spike_scale)
             )
 
     def _add_artifact_parts(self, model: Cradle, config: GuideConfig) -> None:
