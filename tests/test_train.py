@@ -105,6 +105,14 @@ def test_the_loss_per_cell_does_not_depend_on_the_batch_size(batch_size):
     assert history["train_effect_mask"] == pytest.approx(whole["train_effect_mask"], rel=1e-3)
 
 
+def test_validation_meets_the_same_noise_in_every_epoch():
+    """Where nothing is learned, the validation loss stands still and the training loss does not."""
+    still = ("train.learning_rate=1e-12", "train.effect_learning_rate=1e-12")
+    history = make_fit("train.max_epochs=3", *still).history
+    assert np.ptp(history["val_loss"]) < 1e-3
+    assert np.ptp(history["train_loss"]) > 1e-2
+
+
 # ----------------------------------------------------------------------------- seeds, isolation
 
 
