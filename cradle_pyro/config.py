@@ -124,13 +124,15 @@ class GeneEffectConfig(_Component):
     """Spike-and-slab scale mixture for the direct log-fold changes, in nats of the rate.
 
     `slab_probability` is the starting point, shared equally by the slabs; with `learn_weights`
-    each perturbation's weights are fitted by marginal likelihood (empirical Bayes).
+    each perturbation's weights are fitted by marginal likelihood (empirical Bayes). With
+    `response`, a cell's basal state scales how strongly it responds.
     """
 
     spike_scale: PositiveFloat = 0.01
     slab_scales: tuple[PositiveFloat, ...] = (0.1, 0.3, 1.0)
     slab_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     learn_weights: bool = True
+    response: bool = True
 
 
 OptionalGeneEffect: TypeAlias = Annotated[
@@ -244,7 +246,8 @@ class EvaluationConfig(_Component):
 
     draws: PositiveInt = 50
     n_controls: PositiveInt = 500
-    particles: PositiveInt = 64
+    density_draws: PositiveInt = 8
+    density_particles: PositiveInt = 8
     n_density_cells: PositiveInt = 500
     grouping: Literal["label", "marginal"] = "label"
     min_cells: PositiveInt = 5

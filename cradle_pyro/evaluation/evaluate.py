@@ -196,7 +196,13 @@ def _predictive_facts(posterior: Posterior, train: CellData, test: CellData) -> 
     rng = np.random.default_rng(options.seed)
     size = min(options.n_density_cells, test.n_cells)
     cells = test.subset(np.sort(rng.permutation(test.n_cells)[:size]))
-    density = held_out_density(posterior, cells, seed=options.seed)
+    density = held_out_density(
+        posterior,
+        cells,
+        global_draws=options.density_draws,
+        particles=options.density_particles,
+        seed=options.seed,
+    )
     qc = generated_qc(posterior, train, test, seed=options.seed)
     return {
         "density": {

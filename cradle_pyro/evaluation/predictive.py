@@ -91,11 +91,10 @@ def _log_weight(
     counts = model_trace.nodes[sites.COUNTS]
     weight = counts["fn"].log_prob(counts["value"])
     for name in local_sites(guide_trace):
-        if name not in model_trace.nodes or name.startswith(sites.ARTIFACT + "_"):
-            continue
-        value = values[name]
-        prior, proposal = model_trace.nodes[name]["fn"], guide_trace.nodes[name]["fn"]
-        weight = weight + prior.log_prob(value) - proposal.log_prob(value)
+        value, proposal = values[name], guide_trace.nodes[name]
+        ratio = model_trace.nodes[name]["fn"].log_prob(value) - proposal["fn"].log_prob(value)
+        # Of missing flags, only the missing ones were drawn.
+        weight = weight + (ratio if proposal["mask"] is None else ratio * proposal["mask"])
     return weight
 
 

@@ -24,7 +24,7 @@ from cradle_pyro.model.cradle import gate
 from cradle_pyro.model.intervene import run_world
 from cradle_pyro.types import Batch
 
-__all__ = ["COUNTERFACTUAL", "CradleELBO", "FlipPool", "elbo_terms"]
+__all__ = ["COUNTERFACTUAL", "CradleELBO", "FlipPool", "elbo_terms", "with_imputed_flags"]
 
 COUNTERFACTUAL = "counterfactual"
 
@@ -136,9 +136,14 @@ class CradleELBO(ELBO):
         if not self.config.balance_failing or not 0 < self.failing_share < 1:
             return None
         failing = gate(batch.artifact).squeeze(-1)
+        if batch.artifact_observed is not None:  # a missing flag has the weight one
+            return self._weights_of(failing).where(batch.artifact_observed, torch.ones_like(failing))
+        return self._weights_of(failing)
+
+    def _weights_of(self, failing: Tensor) -> Tensor:
         return torch.where(
             failing > 0, 0.5 / self.failing_share, 0.5 / (1 - self.failing_share)
-        ).to(batch.library.dtype)
+        ).to(failing.dtype)
 
     def _counterfactual(
         self, model: PyroCallable, guide: PyroCallable, guide_trace: Trace, batch: Batch
@@ -156,7 +161,7 @@ class CradleELBO(ELBO):
             rows = torch.randperm(len(batch), device=rows.device)[:size]
         local = local_sites(guide_trace)
         latents = {name: value[rows] if name in local else value for name, value in latents.items()}
-        factual = _with_imputed_flags(batch, latents, rows)
+        factual = with_imputed_flags(batch.take(rows), latents)
         flipped = _flip(factual, latents, self.pool, term.flip_artifact, term.flip_perturbation)
         world = run_world(
             model,
@@ -334,9 +339,8 @@ def _conditioned_local(trace: Trace) -> set[str]:
     }
 
 
-def _with_imputed_flags(batch: Batch, latents: Mapping[str, Tensor], rows: Tensor) -> Batch:
-    """Return the cells at `rows`, missing flags replaced by the guide's draw."""
-    cells = batch.take(rows)
+def with_imputed_flags(cells: Batch, latents: Mapping[str, Tensor]) -> Batch:
+    """Return `cells` with missing flags replaced by the guide's draw among `latents`."""
     drawn = latents.get(f"{sites.ARTIFACT}_unobserved")
     if cells.artifact_observed is None or drawn is None:
         return cells

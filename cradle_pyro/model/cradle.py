@@ -88,6 +88,7 @@ class Cradle(nn.Module):
         self.gene_effect_prior = None
         if config.gene_effect is not None:
             self.gene_effect_prior = GeneEffectPrior(schema, config.gene_effect)
+            self.response_loading = nn.Parameter(0.05 * torch.randn(config.n_latents))
         self.n_artifact_latents = config.n_artifact_latents if schema.n_artifacts else 0
         self.artifact_loading = nn.Parameter(
             0.3 * torch.randn(self.n_artifact_latents, config.n_latents)
@@ -125,7 +126,7 @@ class Cradle(nn.Module):
             z_basal = sample(sites.Z_BASAL, self._standard_normal(batch, self.config.n_latents))
             rate = self.rate(
                 z_basal, perturbation_shift, artifact_shift, batch.covariates,
-                perturbation @ gene_effect if gene_effect is not None else None,
+                self.log_fold_change(z_basal, perturbation, gene_effect),
             )  # fmt: skip
             return sample(sites.COUNTS, self.likelihood(rate, library), obs=batch.counts)
 
@@ -204,6 +205,23 @@ class Cradle(nn.Module):
         loc = loc + (artifact @ depth.unsqueeze(-1)).squeeze(-1)
         library = dist.LogNormal(loc, self.log_library_log_scale.exp())
         return sample(sites.LIBRARY, library, obs=batch.library)
+
+    def log_fold_change(
+        self, z_basal: Tensor, perturbation: Tensor, gene_effect: Tensor | None
+    ) -> Tensor | None:
+        """Return the direct change of the logits, shape (..., cells, genes).
+
+        The cell's basal state scales it: a log-normal response with mean one over the prior, so
+        that the gene effects stay averages over cells.
+        """
+        if gene_effect is None:
+            return None
+        change = perturbation @ gene_effect
+        if not self.config.gene_effect.response:
+            return change
+        loading = self.response_loading
+        response = (z_basal @ loading - 0.5 * (loading**2).sum()).exp()
+        return response.unsqueeze(-1) * change
 
     def rate(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,7 +47,7 @@ class MaskedEffect(nn.Module):
             config.effect_encoder.hidden, n_latents, initial_scale=config.initial_scale
         )
         # A free offset lets each perturbation move at once; the network adds the dependence.
-        self.offset = nn.Parameter(0.1 * torch.randn(n_perturbations, n_latents))
+        self.offset = nn.Parameter(0.01 * torch.randn(n_perturbations, n_latents))
 
     def forward(self, mask: Tensor) -> dist.Normal:
         """Return the Normal, shape (..., perturbations, latents)."""
@@ -221,7 +222,8 @@ class CradleGuide(nn.Module):
         schema, n_latents = model.schema, model.config.n_latents
         self.mask_logits = self.effect = self.gene_effect = None
         if model.config.latent_effect:
-            self.mask_logits = nn.Parameter(torch.zeros(schema.n_perturbations, n_latents))
+            prior = math.log(model.config.mask_probability / (1 - model.config.mask_probability))
+            self.mask_logits = nn.Parameter(torch.full((schema.n_perturbations, n_latents), prior))
             effect = MaskedEffect if self.structured else FreeEffect
             self.effect = effect(schema.n_perturbations, n_latents, config)
         if model.gene_effect_prior is not None:

@@ -21,6 +21,7 @@ from cradle_pyro.types import Batch, Schema
 __all__ = ["average_effect", "effect_draws", "generated_effects", "label_designs"]
 
 _INTERVAL = (0.025, 0.975)
+_MOST_DRAWS = 1_000_003
 
 
 def average_effect(
@@ -184,12 +185,16 @@ def label_designs(schema: Schema, labels: Sequence[str]) -> Tensor:
 def _reference_draws(
     posterior: Posterior, *, draws: int, n_cells: int, seed: int
 ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-    """Yield control cells without artifact, with draws of their basal states and the globals."""
+    """Yield control cells without artifact, with draws of their basal states and the globals.
+
+    Draw i depends on the seed and i alone, so that labels asked about together or one by one are
+    answered with the same numbers.
+    """
     reference, schema, device = posterior.reference, posterior.schema, posterior.device
     n_reference = len(reference.library)
     size = min(n_cells, n_reference)
-    with seeded(seed):
-        for _ in range(draws):
+    for draw in range(draws):
+        with seeded(seed * _MOST_DRAWS + draw):
             rows = torch.randperm(n_reference)[:size]
             batch = Batch(
                 counts=torch.zeros(size, schema.n_genes),
@@ -200,7 +205,7 @@ def _reference_draws(
             ).to(device)
             latents = draw_latents(posterior.guide, batch)
             z_basal = torch.normal(reference.loc[rows], reference.scale[rows])
-            yield batch, latents | {sites.Z_BASAL: z_basal.to(device)}
+        yield batch, latents | {sites.Z_BASAL: z_basal.to(device)}
 
 
 def _rate(posterior: Posterior, batch: Batch, latents: dict[str, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from cradle_pyro import sites
 from cradle_pyro.data.dataset import CellData
+from cradle_pyro.inference.objectives import with_imputed_flags
 from cradle_pyro.inference.posterior import Posterior, draw_latents
 from cradle_pyro.model.intervene import run_world
 from cradle_pyro.seeding import seeded
