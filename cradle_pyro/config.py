@@ -149,7 +149,7 @@ class ModelConfig(_Component):
     likelihood: Literal["nb", "poisson", "zinb", "normal"] = "nb"
     decoder: NetworkConfig = NetworkConfig()
     linear_path: bool = True
-    mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     effect_scale: PositiveFloat = 1.0
     latent_effect: bool = True
     gene_effect: OptionalGeneEffect = GeneEffectConfig()
@@ -230,7 +230,7 @@ class TrainConfig(_Component):
     max_epochs: PositiveInt = 60
     batch_size: PositiveInt = 128
     learning_rate: PositiveFloat = 2e-3
-    effect_learning_rate: PositiveFloat = 1e-2
+    effect_learning_rate: PositiveFloat = 2e-3
     weight_decay: NonNegativeFloat = 1e-6
     gradient_clip: PositiveFloat = 100.0
     patience: PositiveInt = 20

@@ -6,6 +6,7 @@ training cells only.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from cradle_pyro.data.split import (
     split_combinations,
     split_perturbations,
 )
-from cradle_pyro.errors import DataError
+from cradle_pyro.errors import DataError, DataWarning
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -63,9 +64,11 @@ def prepare(adata: AnnData, config: Config) -> Prepared:
     """
     options = config.data
     split = _split_of(adata, config)
-    if options.artifact != "none" and not options.artifact_keys and "cradle_qc" not in adata.uns:
-        annotate(adata, options, config.qc, fit_on=split == "train")
-    library_key = options.library_key
+    if options.artifact != "none" and not options.artifact_keys:
+        if "cradle_qc" not in adata.uns:
+            annotate(adata, options, config.qc, fit_on=split == "train")
+        else:
+            _warn_fitted_on_test(adata, split)
     if options.n_top_genes is not None:
         adata = select_genes(
             adata,
@@ -73,8 +76,7 @@ def prepare(adata: AnnData, config: Config) -> Prepared:
             train_rows=np.flatnonzero(split == "train"),
             layer=options.layer,
         )
-        library_key = library_key or TOTAL_COUNTS
-    data = cell_data(adata, options, library_key=library_key)
+    data = cell_data(adata, options)
     return Prepared(adata, data.with_split(split))
 
 
@@ -113,9 +115,12 @@ def cell_data(
     options: DataConfig,
     *,
     schema: Schema | None = None,
-    library_key: str | None = None,
 ) -> CellData:
-    """Return `adata` as CellData, read as the configuration says; with `schema`, aligned to it."""
+    """Return `adata` as CellData, read as the configuration says; with `schema`, aligned to it.
+
+    Where genes were selected and no library is named, it is the total that `select_genes` noted.
+    """
+    selected = TOTAL_COUNTS if options.n_top_genes is not None else None
     return CellData.from_anndata(
         adata,
         perturbation_key=options.perturbation_key,
@@ -124,7 +129,7 @@ def cell_data(
         delimiter=options.delimiter,
         design_key=options.design_key,
         covariate_keys=options.covariate_keys,
-        library_key=library_key or options.library_key,
+        library_key=options.library_key or selected,
         artifact=options.artifact,
         artifact_keys=options.artifact_keys or None,
         values=options.values,
@@ -177,6 +182,18 @@ def make_split(
         control=control,
         delimiter=delimiter,
     )
+
+
+def _warn_fitted_on_test(adata: AnnData, split: np.ndarray) -> None:
+    n_fit = adata.uns["cradle_qc"].get("n_cells_fitted")
+    if n_fit is not None and int(n_fit) > int((split == "train").sum()):
+        warnings.warn(
+            f"QC thresholds were fitted on {int(n_fit)} cells, more than the "
+            f"{int((split == 'train').sum())} training cells: test cells may have moved them. "
+            "Annotate with fit_on the training cells, or leave the annotation to training.",
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 def _split_of(adata: AnnData, config: Config) -> np.ndarray:

@@ -13,7 +13,7 @@ from cradle_pyro.types import Batch, Schema, Statistics
 
 from .likelihoods import make_likelihood
 from .networks import Decoder
-from .relaxed import PresenceBernoulli, ScaleMixtureNormal
+from .relaxed import PresenceBernoulli, ScaleMixtureNormal, normal_expectation
 
 __all__ = ["Cradle", "cells_plate", "gate"]
 
@@ -88,7 +88,8 @@ class Cradle(nn.Module):
         self.gene_effect_prior = None
         if config.gene_effect is not None:
             self.gene_effect_prior = GeneEffectPrior(schema, config.gene_effect)
-            self.response_loading = nn.Parameter(0.05 * torch.randn(config.n_latents))
+            self.response_loading = nn.Parameter(0.2 * torch.randn(config.n_latents))
+            self.response_bias = nn.Parameter(torch.tensor(1.0))
         self.n_artifact_latents = config.n_artifact_latents if schema.n_artifacts else 0
         self.artifact_loading = nn.Parameter(
             0.3 * torch.randn(self.n_artifact_latents, config.n_latents)
@@ -211,16 +212,18 @@ class Cradle(nn.Module):
     ) -> Tensor | None:
         """Return the direct change of the logits, shape (..., cells, genes).
 
-        The cell's basal state scales it: a log-normal response with mean one over the prior, so
-        that the gene effects stay averages over cells.
+        The cell's basal state scales it, from cells that escape to cells that respond in full:
+        a logistic function of z_basal with mean one over the prior, so that the gene effects stay
+        averages over cells.
         """
         if gene_effect is None:
             return None
         change = perturbation @ gene_effect
         if not self.config.gene_effect.response:
             return change
-        loading = self.response_loading
-        response = (z_basal @ loading - 0.5 * (loading**2).sum()).exp()
+        loading, bias = self.response_loading, self.response_bias
+        mean = normal_expectation(bias, loading.norm(), torch.sigmoid)
+        response = torch.sigmoid(z_basal @ loading + bias) / mean
         return response.unsqueeze(-1) * change
 
     def rate(

@@ -21,6 +21,9 @@ from .relaxed import StraightThroughBernoulli, TiltedScaleMixture
 __all__ = ["CradleGuide", "make_guide"]
 
 _INITIAL_EFFECT_ERROR = 0.3
+_N_SUMMARIES = 3
+_SMALLEST_SQUARE = 1e-6
+_LARGEST_SUMMARY = 10.0
 
 
 class FreeEffect(nn.Module):
@@ -103,6 +106,29 @@ class ExpressionInput(nn.Module):
         return torch.cat([expression.clamp(-10, 10), library.unsqueeze(-1)], -1)
 
 
+def response_summary(expression: Tensor, log_fold_change: Tensor) -> Tensor:
+    """Return how far a cell's expression lies along its perturbation's direct effects.
+
+    Parameters
+    ----------
+    expression
+        Standardised input, genes first; shape (cells, genes + 1).
+    log_fold_change
+        Direct effects of the cell's perturbation, shape (..., cells, genes).
+
+    Returns
+    -------
+    Tensor
+        Projection, length of the effects, and their ratio; shape (..., cells, 3). With them the
+        posterior of z_basal can tell a cell that responds from one that escaped.
+    """
+    square = (log_fold_change**2).sum(-1)
+    length = (square + _SMALLEST_SQUARE).sqrt()
+    along = (expression[..., :-1] * log_fold_change).sum(-1)
+    summaries = torch.stack([along / length, length, along / (square + 1)], -1)
+    return summaries.clamp(-_LARGEST_SUMMARY, _LARGEST_SUMMARY)
+
+
 class CradleGuide(nn.Module):
     """q(globals) q(z_artifact | x, p, a) q(z_basal | x, p, r, s), same sites as the model.
 
@@ -118,7 +144,8 @@ class CradleGuide(nn.Module):
     Notes
     -----
     The encoder of z_basal is given the flags' shift and the gated z_artifact rather than their
-    sum through the model's loading: the same information, without sharing the loading.
+    sum through the model's loading: the same information, without sharing the loading. Of the gene
+    effects it sees a summary (:func:`response_summary`).
     """
 
     mask_logits: nn.Parameter | None
@@ -143,11 +170,13 @@ class CradleGuide(nn.Module):
         context = [n_latents, n_latents] if structured else []
         if structured and model.n_artifact_latents:
             context.append(model.n_artifact_latents)
+        if structured and self.gene_effect is not None:
+            context.append(_N_SUMMARIES)
         self.z_basal = self._encoder(context, n_latents, config.encoder)
 
     def forward(self, batch: Batch) -> None:
         """Sample the latents of `batch`."""
-        effect, artifact_effect = self.global_latents()
+        effect, gene_effect, artifact_effect = self.global_latents()
         expression = self.expression(batch)
         with cells_plate(self.n_cells, batch):
             artifact = self.artifact(batch, expression)
@@ -156,6 +185,8 @@ class CradleGuide(nn.Module):
             if self.structured:
                 context = [batch.perturbation @ effect, artifact @ artifact_effect]
                 context += [] if z_artifact is None else [z_artifact]
+                if gene_effect is not None:
+                    context.append(response_summary(expression, batch.perturbation @ gene_effect))
             normal = self._encode(self.z_basal, batch, expression, context)
             sample(sites.Z_BASAL, normal.to_event(1))
 
@@ -173,8 +204,9 @@ class CradleGuide(nn.Module):
                 self.gene_effect.standard_loc.copy_(effects.loc / effects.error)
                 self.gene_effect.error.copy_(effects.error)
 
-    def global_latents(self) -> tuple[Tensor, Tensor]:
-        """Sample the global latents; return masked effects and artifact effects."""
+    def global_latents(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Sample the global latents; return masked effects, gene effects and artifact effects."""
+        gene_effect = None
         with plate(sites.PERTURBATIONS, self.schema.n_perturbations, dim=-1):
             effect = self.expression.log_mean.new_zeros(
                 self.schema.n_perturbations, self.z_basal.head.loc.out_features
@@ -184,16 +216,16 @@ class CradleGuide(nn.Module):
                 mask = sample(sites.EFFECT_MASK, mask_dist.to_event(1))
                 effect = mask * sample(sites.EFFECT, self.effect(mask).to_event(1))
             if self.gene_effect is not None:
-                sample(sites.GENE_EFFECT, self.gene_effect().to_event(1))
+                gene_effect = sample(sites.GENE_EFFECT, self.gene_effect().to_event(1))
         if self.artifact_effect is None:
-            return effect, effect.new_zeros(0, effect.shape[-1])
+            return effect, gene_effect, effect.new_zeros(0, effect.shape[-1])
         with plate(sites.ARTIFACTS, self.schema.n_artifacts, dim=-1):
             artifact_effect = sample(sites.ARTIFACT_EFFECT, self.artifact_effect().to_event(1))
             if self.artifact_risk is not None:
                 sample(sites.ARTIFACT_RISK, self.artifact_risk().to_event(1))
             if self.depth_shift is not None:
                 sample(sites.DEPTH_SHIFT, self.depth_shift())
-        return effect, artifact_effect
+        return effect, gene_effect, artifact_effect
 
     def artifact(self, batch: Batch, expression: Tensor) -> Tensor:
         """Return the flags, filling in missing ones by a straight-through draw of q(a | x)."""

@@ -23,6 +23,7 @@ __all__ = [
     "ScaleMixtureNormal",
     "StraightThroughBernoulli",
     "TiltedScaleMixture",
+    "normal_expectation",
 ]
 
 
@@ -288,6 +289,26 @@ def _kl_tilted_scale_mixture(q: TiltedScaleMixture, p: ScaleMixtureNormal) -> Te
     move_loc = pull * (q.loc - q.loc.detach())
     move_weights = (inclusion * (p.log_weights - p.log_weights.detach())).sum(-1)
     return divergence + move_loc - move_weights
+
+
+def normal_expectation(
+    loc: Tensor, scale: Tensor, function: Callable[[Tensor], Tensor], nodes: int = 15
+) -> Tensor:
+    """Return E[function(x)] for x ~ Normal(loc, scale), by Gauss-Hermite quadrature.
+
+    Parameters
+    ----------
+    loc, scale
+        Moments, any shape.
+    function
+        Elementwise and smooth.
+    nodes
+        Points of the quadrature.
+    """
+    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    at = torch.as_tensor(points, dtype=loc.dtype, device=loc.device)
+    shares = torch.as_tensor(weights / weights.sum(), dtype=loc.dtype, device=loc.device)
+    return function(loc.unsqueeze(-1) + scale.unsqueeze(-1) * at) @ shares
 
 
 def _components_last(value: Tensor | float) -> Tensor | float:
