@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import numpy as np
@@ -85,7 +86,8 @@ def effect_draws(
     """Return posterior draws of average effects, shape (draws, labels, genes), log2 scale.
 
     Every draw takes its globals from the guide and `n_cells` control cells with their basal states
-    from q(z_basal); all labels share both (common random numbers).
+    from q(z_basal); all labels share both (common random numbers), so that labels asked about
+    together or one by one are answered with the same numbers.
 
     Raises
     ------
@@ -95,14 +97,14 @@ def effect_draws(
     designs = label_designs(posterior.schema, labels)
     means = np.empty((draws, len(labels), posterior.schema.n_genes), dtype=np.float32)
     expression = posterior.model.likelihood.log2_expression
-    for index, (batch, latents) in enumerate(
-        _reference_draws(posterior, draws=draws, n_cells=n_cells, seed=seed)
-    ):
-        base = expression(_rate(posterior, batch, latents)).mean(0)
-        for column, design in enumerate(designs):
-            world = batch.replace(perturbation=design.expand_as(batch.perturbation))
-            effect = expression(_rate(posterior, world, latents)).mean(0) - base
-            means[index, column] = effect.cpu()
+    for draw in range(draws):
+        with _seeded_draw(seed, draw):
+            batch, latents = _reference_draw(posterior, n_cells)
+            base = expression(_rate(posterior, batch, latents)).mean(0)
+            for column, design in enumerate(designs):
+                world = batch.replace(perturbation=design.expand_as(batch.perturbation))
+                effect = expression(_rate(posterior, world, latents)).mean(0) - base
+                means[draw, column] = effect.cpu()
     return means
 
 
@@ -143,19 +145,22 @@ def generated_effects(
     worlds = [(torch.zeros_like(designs[:1]), control_library)]
     worlds += [(design, library) for design, library in zip(designs, libraries, strict=True)]
     likelihood = posterior.model.likelihood
-    for batch, latents in _reference_draws(posterior, draws=draws, n_cells=n_cells, seed=seed):
-        for row, (design, library) in enumerate(worlds):
-            depth = torch.as_tensor(rng.choice(library, len(batch)), dtype=torch.float32)
-            depth = depth.to(posterior.device)
-            world = batch.replace(perturbation=design.expand_as(batch.perturbation), library=depth)
-            with torch.no_grad():
+    expression = likelihood.log2_expression
+    for draw in range(draws):
+        with _seeded_draw(seed, draw), torch.no_grad():
+            batch, latents = _reference_draw(posterior, n_cells)
+            for row, (design, library) in enumerate(worlds):
+                depth = torch.as_tensor(rng.choice(library, len(batch)), dtype=torch.float32)
+                depth = depth.to(posterior.device)
+                design = design.expand_as(batch.perturbation)
+                world = batch.replace(perturbation=design, library=depth)
                 fraction = likelihood(_rate(posterior, world, latents), depth).sample()
-            if not isinstance(likelihood, NormalLikelihood):
-                fraction = fraction / depth.unsqueeze(-1)
-            values = likelihood.log2_expression(fraction) if functional == "mean_log" else fraction
-            totals[row] += values.mean(0).cpu().numpy() / draws
+                if not isinstance(likelihood, NormalLikelihood):
+                    fraction = fraction / depth.unsqueeze(-1)
+                values = expression(fraction) if functional == "mean_log" else fraction
+                totals[row] += values.mean(0).cpu().numpy() / draws
     if functional == "log_mean":
-        totals = likelihood.log2_expression(torch.as_tensor(totals)).numpy()
+        totals = expression(torch.as_tensor(totals)).numpy()
     return totals[1:] - totals[:1]
 
 
@@ -182,30 +187,27 @@ def label_designs(schema: Schema, labels: Sequence[str]) -> Tensor:
     return designs
 
 
-def _reference_draws(
-    posterior: Posterior, *, draws: int, n_cells: int, seed: int
-) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-    """Yield control cells without artifact, with draws of their basal states and the globals.
+def _seeded_draw(seed: int, draw: int) -> AbstractContextManager[None]:
+    """Return a context whose random numbers depend on `seed` and `draw` alone."""
+    return seeded(seed * _MOST_DRAWS + draw)
 
-    Draw i depends on the seed and i alone, so that labels asked about together or one by one are
-    answered with the same numbers.
-    """
+
+def _reference_draw(posterior: Posterior, n_cells: int) -> tuple[Batch, dict[str, Tensor]]:
+    """Return control cells without artifact, with draws of their basal states and the globals."""
     reference, schema, device = posterior.reference, posterior.schema, posterior.device
     n_reference = len(reference.library)
     size = min(n_cells, n_reference)
-    for draw in range(draws):
-        with seeded(seed * _MOST_DRAWS + draw):
-            rows = torch.randperm(n_reference)[:size]
-            batch = Batch(
-                counts=torch.zeros(size, schema.n_genes),
-                perturbation=torch.zeros(size, schema.n_perturbations),
-                artifact=torch.zeros(size, schema.n_artifacts),
-                library=reference.library[rows],
-                covariates=reference.covariates[rows],
-            ).to(device)
-            latents = draw_latents(posterior.guide, batch)
-            z_basal = torch.normal(reference.loc[rows], reference.scale[rows])
-        yield batch, latents | {sites.Z_BASAL: z_basal.to(device)}
+    rows = torch.randperm(n_reference)[:size]
+    batch = Batch(
+        counts=torch.zeros(size, schema.n_genes),
+        perturbation=torch.zeros(size, schema.n_perturbations),
+        artifact=torch.zeros(size, schema.n_artifacts),
+        library=reference.library[rows],
+        covariates=reference.covariates[rows],
+    ).to(device)
+    latents = draw_latents(posterior.guide, batch)
+    z_basal = torch.normal(reference.loc[rows], reference.scale[rows])
+    return batch, latents | {sites.Z_BASAL: z_basal.to(device)}
 
 
 def _rate(posterior: Posterior, batch: Batch, latents: dict[str, Tensor]) -> Tensor:
