@@ -37,7 +37,7 @@ def expected_rate(
     data
         Cells, aligned to the posterior's schema.
     artifact
-        Value all flags are set to, normally 0; None keeps the cell's own.
+        Value all flags are set to, normally 0; None keeps the cell's own, missing ones drawn.
     control
         Set the perturbation to control.
     draws
@@ -61,7 +61,7 @@ def expected_rate(
             for _ in range(draws):
                 latents = draw_latents(posterior.guide, batch) | {sites.COUNTS: batch.counts}
                 if artifact is None:
-                    acts[sites.ARTIFACT] = batch.artifact
+                    acts[sites.ARTIFACT] = with_imputed_flags(batch, latents).artifact
                 latents.pop(f"{sites.ARTIFACT}_unobserved", None)
                 total = total + run_world(posterior.model, batch, latents, acts)[sites.RATE]
             rates[rows] = (total / draws).cpu()
