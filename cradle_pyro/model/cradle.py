@@ -88,6 +88,7 @@ class Cradle(nn.Module):
         self.gene_effect_prior = None
         if config.gene_effect is not None:
             self.gene_effect_prior = GeneEffectPrior(schema, config.gene_effect)
+        if self.has_response:
             self.response_loading = nn.Parameter(0.2 * torch.randn(config.n_latents))
             self.response_bias = nn.Parameter(torch.tensor(1.0))
         self.n_artifact_latents = config.n_artifact_latents if schema.n_artifacts else 0
@@ -101,6 +102,11 @@ class Cradle(nn.Module):
             levels = max(schema.n_covariate_levels, 1)
             self.log_library_loc = nn.Parameter(statistics.log_library_mean.expand(levels).clone())
             self.log_library_log_scale = nn.Parameter(statistics.log_library_sd.log())
+
+    @property
+    def has_response(self) -> bool:
+        """Whether a cell's basal state scales its gene effects."""
+        return self.config.gene_effect is not None and self.config.gene_effect.response
 
     @property
     def has_artifact_risk(self) -> bool:
@@ -219,7 +225,7 @@ class Cradle(nn.Module):
         if gene_effect is None:
             return None
         change = perturbation @ gene_effect
-        if not self.config.gene_effect.response:
+        if not self.has_response:
             return change
         loading, bias = self.response_loading, self.response_bias
         mean = normal_expectation(bias, loading.norm(), torch.sigmoid)

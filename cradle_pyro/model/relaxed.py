@@ -7,8 +7,10 @@ which has none, it falls back to the sample.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
