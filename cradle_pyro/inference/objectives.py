@@ -137,7 +137,9 @@ class CradleELBO(ELBO):
             return None
         failing = gate(batch.artifact).squeeze(-1)
         if batch.artifact_observed is not None:  # a missing flag has the weight one
-            return self._weights_of(failing).where(batch.artifact_observed, torch.ones_like(failing))
+            return self._weights_of(failing).where(
+                batch.artifact_observed, torch.ones_like(failing)
+            )
         return self._weights_of(failing)
 
     def _weights_of(self, failing: Tensor) -> Tensor:
