@@ -27,6 +27,7 @@ SMALL: dict[str, Any] = {
         "n_latents": N_LATENTS,
         "n_artifact_latents": N_ARTIFACT_LATENTS,
         "decoder": {"hidden": HIDDEN, "layers": 2},
+        "mask_probability": 0.3,  # a draw of the small masks has ones
     },
     "guide": {
         "encoder": {"hidden": HIDDEN, "layers": 1},

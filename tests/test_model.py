@@ -23,6 +23,8 @@ from factories import (
 )
 from pyro import poutine
 from pyro.poutine import Trace
+from scipy import integrate, stats
+from scipy.special import expit
 from torch import Tensor
 
 from cradle_pyro import sites
@@ -38,6 +40,9 @@ OFF = {
     "depth_shift": False,
     "n_artifact_latents": 0,
 }
+
+
+SUMMARY_WEIGHT = "z_basal.network.inputs.4.weight"  # as many summaries as perturbations here
 
 
 def trace_of(model: Any, batch: Batch, latents: dict[str, Tensor] | None = None) -> Trace:
@@ -190,7 +195,8 @@ def test_structural_equations_by_hand(combine, linear_path, has_rest, covariates
             states.append(batch.covariates[n])
         logits = model.decoder(*(state[None] for state in states))[0]
         shift = sum(d[t] * latents[sites.GENE_EFFECT][t] for t in range(N_PERTURBATIONS))
-        weights = (logits[:N_GENES] + shift).exp()
+        response = torch.sigmoid(z @ model.response_loading + model.response_bias)
+        weights = (logits[:N_GENES] + response / mean_response(model) * shift).exp()
         total = weights.sum() + (logits[N_GENES].exp() if has_rest else 0)
         rate = nodes[sites.RATE]["value"][n]
         torch.testing.assert_close(rate, weights / total)
@@ -212,6 +218,14 @@ def test_structural_equations_by_hand(combine, linear_path, has_rest, covariates
             batch.counts[n][None]
         )
         torch.testing.assert_close(nodes[sites.COUNTS]["unscaled_log_prob"][n], counts[0])
+
+
+def mean_response(model: Cradle) -> float:
+    """Return the mean response of a cell over the prior, by integration."""
+    loc, scale = model.response_bias.item(), model.response_loading.norm().item()
+    return integrate.quad(
+        lambda x: expit(x) * stats.norm(loc, scale).pdf(x), -40, 40, points=[loc]
+    )[0]
 
 
 def test_decoder_is_a_residual_network_and_a_linear_path() -> None:
@@ -329,7 +343,8 @@ def test_permuting_genes_perturbations_or_flags_permutes_results(
         # Sizes one larger belong to something else here.
         for source, target in ((model, other), (guide, other_guide)):
             target.load_state_dict({
-                name: reorder(value, size, order) for name, value in source.state_dict().items()
+                name: value if name == SUMMARY_WEIGHT else reorder(value, size, order)
+                for name, value in source.state_dict().items()
             })  # fmt: skip
     latents = latents_of(model, batch)
     globals_ = {name: value for name, value in latents.items() if name in GLOBAL_SITES}

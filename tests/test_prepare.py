@@ -8,7 +8,7 @@ from scipy import sparse
 from tiny import N_CELLS, make_config, make_screen
 
 from cradle_pyro.data.prepare import annotate, assign_split, make_split, prepare
-from cradle_pyro.errors import DataError
+from cradle_pyro.errors import DataError, DataWarning
 
 LABELS = np.array(["control", "A", "B", "A+B"] * 25)
 
@@ -84,7 +84,8 @@ def test_an_annotation_that_is_there_is_kept():
     adata = make_screen()
     annotate(adata, config.data, make_config("qc.n_mads=5").qc)
     flags = adata.obs["cradle_artifact"].to_numpy().copy()
-    prepared = prepare(adata, config)
+    with pytest.warns(DataWarning, match="fitted on 180 cells, more than the 115 training cells"):
+        prepared = prepare(adata, config)
     np.testing.assert_array_equal(prepared.data.failing, flags)
     assert prepared.adata.uns["cradle_qc"]["n_mads"] == 5
 
