@@ -26,7 +26,7 @@ from cradle_pyro import sites
 from cradle_pyro.inference.objectives import CradleELBO
 from cradle_pyro.inference.posterior import build_pair
 from cradle_pyro.model.cradle import Cradle
-from cradle_pyro.model.guides import CradleGuide
+from cradle_pyro.model.guides import CradleGuide, response_summary
 from cradle_pyro.types import Batch, Schema
 
 FAMILIES = ("structured", "mean_field")
@@ -313,3 +313,66 @@ def test_encoders_see_the_cell(family, changed) -> None:
         before = nodes_of(guide, batch, given)[name]["fn"].mean
         after = nodes_of(guide, other, given)[name]["fn"].mean
         assert not torch.equal(before, after)
+
+
+# ----------------------------------------------------------------- summary of a cell's response
+
+
+def make_summary_input(n_cells: int = 6, n_genes: int = 9) -> tuple[Tensor, Tensor]:
+    """Return an encoder's input and direct effects."""
+    generator = torch.Generator().manual_seed(2)
+    expression = torch.randn(n_cells, n_genes + 1, generator=generator)
+    return expression, 0.5 * torch.randn(n_cells, n_genes, generator=generator)
+
+
+def test_summary_by_hand() -> None:
+    expression = torch.tensor([[2.0, 1.0, 5.0, 100.0]])  # the last is the library
+    summary = response_summary(expression, torch.tensor([[3.0, 4.0, 0.0]]))
+    torch.testing.assert_close(summary, torch.tensor([[10 / 5, 5.0, 10 / 26]]))
+
+
+def test_summary_of_a_control_is_zero() -> None:
+    expression, change = make_summary_input()
+    summary = response_summary(1e3 * expression, torch.zeros_like(change))
+    torch.testing.assert_close(summary, torch.zeros_like(summary), atol=2e-3, rtol=0)
+
+
+def test_summary_grows_with_expression_along_the_effect_and_not_across() -> None:
+    expression, change = make_summary_input()
+    zero = torch.zeros(len(change), 1)
+    step = torch.cat([change, zero], -1)
+    low, high = (response_summary(expression + by * step, change) for by in (0.0, 1.0))
+    assert (high[:, [0, 2]] > low[:, [0, 2]]).all()
+    assert torch.equal(high[:, 1], low[:, 1])
+    other = torch.randn_like(change)
+    across = other - (other * change).sum(-1, keepdim=True) / (change**2).sum(-1, True) * change
+    moved = response_summary(expression + torch.cat([across, zero + 7], -1), change)
+    torch.testing.assert_close(moved, low, atol=1e-4, rtol=1e-4)
+
+
+def test_summary_has_the_shape_of_the_particles() -> None:
+    expression, change = make_summary_input()
+    changes = torch.stack([change, 2 * change, -change]).unsqueeze(1)
+    summary = response_summary(expression, changes)
+    assert summary.shape == (3, 1, 6, 3)
+    for by, one in zip(changes[:, 0], summary[:, 0], strict=True):
+        assert torch.equal(one, response_summary(expression, by))
+
+
+def test_summary_does_not_depend_on_the_order_of_genes() -> None:
+    expression, change = make_summary_input()
+    order = torch.randperm(change.shape[-1])
+    moved = torch.cat([expression[:, order], expression[:, -1:]], -1)
+    summary = response_summary(moved, change[:, order])
+    torch.testing.assert_close(summary, response_summary(expression, change))
+
+
+def test_summary_stays_within_bounds() -> None:
+    expression, change = make_summary_input()
+    summary = response_summary(10 * expression.sign(), 100 * change)
+    assert summary.abs().max() == 10
+
+
+def test_only_the_structured_guide_sees_how_far_a_cell_follows_its_effects() -> None:
+    assert dependence("structured", sites.GENE_EFFECT, sites.Z_BASAL)
+    assert not dependence("mean_field", sites.GENE_EFFECT, sites.Z_BASAL)

@@ -281,6 +281,70 @@ def test_fresh_model_starts_at_the_training_profile() -> None:
         torch.testing.assert_close(model.artifact_log_odds.sigmoid(), statistics.artifact_share)
 
 
+# ------------------------------------------------------------------------------------- response
+
+
+def log_fold_change(model: Cradle, batch: Batch, z_basal: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the direct change and the plain sum of the gene effects, for random effects."""
+    shape = model.schema.n_perturbations, model.schema.n_genes
+    effect = torch.randn(shape, dtype=batch.counts.dtype)
+    found = model.log_fold_change(z_basal, batch.perturbation, effect)
+    return found, batch.perturbation @ effect
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0])
+def test_gene_effects_are_averages_over_the_cells_of_the_prior(size) -> None:
+    schema = make_schema()
+    model, _ = make_pair(schema, dtype=torch.float64)
+    with torch.no_grad():
+        model.response_loading.copy_(size * torch.randn(N_LATENTS))
+        model.response_bias.fill_(0.3)
+    batch = make_batch(schema, n_cells=1, dtype=torch.float64).take(torch.zeros(20_000).long())
+    batch = batch.replace(perturbation=torch.ones_like(batch.perturbation))
+    change, plain = log_fold_change(model, batch, torch.randn(20_000, N_LATENTS).double())
+    ratio = (change / plain)[:, 0].detach()
+    assert abs(ratio.mean() - 1) < 4.5 * ratio.std() / len(ratio) ** 0.5
+    assert ratio.std() > 0.02
+    assert (ratio > 0).all()
+    # One response for all genes of a cell, whatever its effects.
+    torch.testing.assert_close((change / plain).detach(), ratio[:, None].expand_as(change))
+
+
+def test_without_response_the_direct_change_is_the_plain_sum() -> None:
+    schema = make_schema()
+    settings = {"gene_effect": {"response": False}}
+    model, _ = make_pair(schema, model=settings, dtype=torch.float64)
+    batch = make_batch(schema, dtype=torch.float64)
+    change, plain = log_fold_change(model, batch, torch.randn(N_CELLS, N_LATENTS).double())
+    torch.testing.assert_close(change, plain)
+    assert not any(name.startswith("response") for name, _ in model.named_parameters())
+
+
+def test_controls_have_no_direct_change_whatever_their_state() -> None:
+    schema = make_schema()
+    model, _ = make_pair(schema, dtype=torch.float64)
+    batch = make_batch(schema, dtype=torch.float64)
+    batch = batch.replace(perturbation=torch.zeros_like(batch.perturbation))
+    change, _ = log_fold_change(model, batch, 5 * torch.randn(N_CELLS, N_LATENTS).double())
+    assert not change.any()
+
+
+def test_cells_respond_apart_by_their_basal_state_and_less_along_the_loading() -> None:
+    schema = make_schema()
+    model, _ = make_pair(schema, dtype=torch.float64)
+    batch = make_batch(schema, dtype=torch.float64)
+    loading = model.response_loading.detach()
+    along = (
+        torch.linspace(-40, 40, N_CELLS, dtype=torch.float64)[:, None] * loading / loading.norm()
+    )
+    batch = batch.replace(perturbation=torch.ones_like(batch.perturbation))
+    change, plain = log_fold_change(model, batch, along)
+    ratio = (change / plain)[:, 0]
+    assert (ratio.diff() > 0).all()
+    assert ratio[0] < 1e-3  # escapes
+    assert ratio[-1].item() == pytest.approx(1 / mean_response(model), rel=1e-3)  # in full
+
+
 # ------------------------------------------------------------------------------------ permuting
 
 

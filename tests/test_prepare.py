@@ -90,6 +90,22 @@ def test_an_annotation_that_is_there_is_kept():
     assert prepared.adata.uns["cradle_qc"]["n_mads"] == 5
 
 
+def test_an_annotation_fitted_on_the_training_cells_is_taken_without_a_warning():
+    config = make_config()
+    adata = make_screen()
+    split = prepare(make_screen(), config).data.split
+    annotate(adata, config.data, config.qc, fit_on=np.asarray(split) == "train")
+    prepare(adata, config)  # a warning would be an error
+
+
+def test_thresholds_fitted_on_test_cells_do_not_matter_where_flags_are_not_used():
+    adata = make_screen()
+    annotate(adata, make_config().data, make_config().qc)
+    prepare(adata, make_config("data.artifact=none"))
+    own = make_config('data.artifact_keys=["cradle_artifact"]')
+    prepare(adata, own)
+
+
 def test_existing_columns_serve_as_metrics():
     adata = make_screen()
     adata.obs["depth"] = np.where(np.arange(N_CELLS) % 10 == 0, 1.0, 1000.0 + np.arange(N_CELLS))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro.distributions import TorchDistribution
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -19,6 +19,7 @@ from cradle_pyro.model.relaxed import (
     ScaleMixtureNormal,
     StraightThroughBernoulli,
     TiltedScaleMixture,
+    normal_expectation,
 )
 
 LOGITS = torch.linspace(-6, 6, 9, dtype=torch.float64)
@@ -298,3 +299,37 @@ def test_tilted_prior_is_finite_at_the_edges() -> None:
     total.backward()
     assert torch.isfinite(total)
     assert torch.isfinite(loc.grad).all()
+
+
+# --------------------------------------------------------------------------- normal expectation
+
+
+@pytest.mark.parametrize("loc", [-2.0, 0.0, 0.7, 3.0])
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, 2.0])
+def test_normal_expectation_of_a_logistic_is_the_integral(loc, scale) -> None:
+    found = normal_expectation(*double((loc, scale)), torch.sigmoid).item()
+    expected = special.expit(loc)
+    if scale:
+        expected, _ = integrate.quad(
+            lambda x: special.expit(loc + scale * x) * stats.norm.pdf(x), -12, 12, limit=200
+        )
+    assert found == pytest.approx(expected, abs=1e-4 if scale > 1 else 1e-6)
+
+
+def test_normal_expectation_has_the_moments_of_the_normal() -> None:
+    loc, scale = double((-1.0, 0.5, 2.0)), double((0.2, 1.0, 2.0))
+    torch.testing.assert_close(normal_expectation(loc, scale, lambda x: x), loc)
+    torch.testing.assert_close(
+        normal_expectation(loc, scale, lambda x: (x - loc[:, None]) ** 4), 3 * scale**4
+    )
+    moments = loc.repeat(2, 1), scale.repeat(2, 1)
+    torch.testing.assert_close(
+        normal_expectation(*moments, torch.exp), (loc + scale**2 / 2).exp().repeat(2, 1)
+    )
+
+
+def test_normal_expectation_has_the_gradient_of_its_moments() -> None:
+    loc, scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.4, 0.8))
+    assert torch.autograd.gradcheck(
+        lambda a, b: normal_expectation(a, b, torch.sigmoid), (loc, scale)
+    )
