@@ -467,7 +467,7 @@ def _libraries(
         raise DataError(
             f"obs[{library_key!r}] must be at least the sum of the cell's kept genes; it is less "
             f"in {int(is_short.sum())} of {len(is_short)} cells: {shown(obs_names[is_short])} "
-            f"(worst: {given[worst]:g} against {row_sums[worst]:g} in {obs_names[worst]!r}). Name "
+            f"(worst: {given[worst]:g} against {row_sums[worst]:g} in '{obs_names[worst]}'). Name "
             "the column with the full count, or use library_key=None."
         )
     return (np.maximum(given, row_sums) if values == "counts" else given).astype(np.float32)
