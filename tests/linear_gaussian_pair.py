@@ -37,7 +37,7 @@ def as_batch(cells: LinearGaussianCells) -> Batch:
 
 
 def make_linear_pair(
-    oracle: LinearGaussianCradle, *, n_cells: int
+    oracle: LinearGaussianCradle, *, n_cells: int, artifact_risk: bool = False
 ) -> tuple[Cradle, CradleGuide, dict[str, Tensor]]:
     """Return a Cradle equal to `oracle`, a linear CradleGuide, and the values of the globals."""
     schema = Schema(
@@ -65,7 +65,7 @@ def make_linear_pair(
             "likelihood": "normal",
             "decoder": {"layers": 0},
             "gene_effect": "none",
-            "artifact_risk": False,
+            "artifact_risk": artifact_risk,
             "depth_shift": False,
         },
         guide={

@@ -127,14 +127,14 @@ def test_an_effect_is_the_difference_of_mean_logs_over_the_same_cells(monkeypatc
     np.testing.assert_allclose(found, np.stack(worlds) - base, atol=1e-5)
 
 
-def test_generated_effects_of_deep_cells_are_those_of_the_rates():
-    posterior = shared_fit()
+def test_generated_effects_of_deep_cells_without_dispersion_are_those_of_the_rates():
+    posterior = make_fit("model.likelihood=poisson")
     labels = labels_of(posterior)
     deep = np.array([1e9], np.float32)
-    found = generated_effects(posterior, labels, [deep] * 3, deep, draws=12, n_cells=20)
-    expected = effect_draws(posterior, labels, draws=12, n_cells=20).mean(0)
-    # Gamma noise around the rates remains, the same in expectation.
-    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.8
+    found = generated_effects(posterior, labels, [deep] * 3, deep, draws=2, n_cells=9)
+    expected = effect_draws(posterior, labels, draws=2, n_cells=9).mean(0)
+    assert np.abs(expected).max() > 0.05
+    np.testing.assert_allclose(found, expected, atol=5e-3)
 
 
 def test_a_perturbation_the_model_does_not_know_is_an_error():

@@ -36,6 +36,7 @@ from cradle_pyro.types import Batch
 __all__ = ["History", "TrainingLoop", "make_trainer", "quiet_lightning"]
 
 _TRAIN, _VALIDATION = "train", "val"
+_MATRIX = 2  # dimensions of a weight matrix
 # What Lightning remarks on although it is as intended, or its own affair.
 _NOTES = (
     ".*does not have many workers.*",
@@ -103,20 +104,30 @@ class TrainingLoop(L.LightningModule):
         self.log("val_loss", self._mean_loss(_VALIDATION), prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return Adam, faster for the free parameters of the global guide, and the schedule."""
+        """Return AdamW and the schedule; parameters fall into three groups.
+
+        Free parameters of the global guide learn at their own rate. Only weight matrices decay,
+        decoupled from the gradient (Loshchilov and Hutter 2019, Decoupled Weight Decay
+        Regularization).
+        """
+        config = self.config
         fast = {id(p) for p in getattr(self.guide, "global_parameters", list)()}
-        groups = [
+        slow = [p for p in self.parameters() if id(p) not in fast]
+        groups: list[dict[str, Any]] = [
             {
-                "params": [p for p in self.parameters() if id(p) not in fast],
-                "lr": self.config.learning_rate,
-                "weight_decay": self.config.weight_decay,
+                "params": [p for p in slow if p.dim() >= _MATRIX],
+                "lr": config.learning_rate,
+                "weight_decay": config.weight_decay,
             },
+            {"params": [p for p in slow if p.dim() < _MATRIX], "lr": config.learning_rate},
             {
                 "params": [p for p in self.parameters() if id(p) in fast],
-                "lr": self.config.effect_learning_rate,
+                "lr": config.effect_learning_rate,
             },
         ]
-        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], weight_decay=0.0
+        )
         if self.config.schedule == "constant":
             return {"optimizer": optimizer}
         total = max(int(self.trainer.estimated_stepping_batches), 1)
