@@ -72,7 +72,9 @@ def execute(run: Run) -> pd.DataFrame:
     import anndata
 
     start = time.perf_counter()
-    adata = cp.simulate_perturbseq(seed=run.seed) if run.path is None else anndata.read_h5ad(run.path)
+    adata = (
+        cp.simulate_perturbseq(seed=run.seed) if run.path is None else anndata.read_h5ad(run.path)
+    )
     prepared = cp.prepare(adata, run.config)
     posterior = cp.fit(prepared.data, run.config, progress=False)
     trained = time.perf_counter() - start
@@ -88,7 +90,14 @@ def execute(run: Run) -> pd.DataFrame:
     extra |= {f"qc_pass_{mads}": value for mads, value in qc["pass_rate"].items()}
     facts = pd.DataFrame(
         [
-            {"reference": "run", "labels": "", "predictor": MODEL, "metric": k, "value": v, "n_labels": 0}
+            {
+                "reference": "run",
+                "labels": "",
+                "predictor": MODEL,
+                "metric": k,
+                "value": v,
+                "n_labels": 0,
+            }
             for k, v in extra.items()
         ]
     )
@@ -145,7 +154,8 @@ def _facts(scores: pd.DataFrame) -> list[str]:
     for (screen, metric), rows in facts.groupby(["screen", "metric"], sort=False):
         values = rows["value"]
         lines.append(
-            f"| {screen} | {metric} | {values.mean():.4g} | {values.std(ddof=1):.2g} | {len(rows)} |"
+            f"| {screen} | {metric} | {values.mean():.4g} "
+            f"| {values.std(ddof=1):.2g} | {len(rows)} |"
         )
     return lines
 
@@ -164,11 +174,14 @@ def main() -> None:
     for screen in options.screens:
         for run in runs(screen, options.seeds or (5 if screen == "demo" else 3)):
             done = pd.read_csv(SCORES, keep_default_na=False) if SCORES.exists() else None
-            if done is not None and (
-                (done["screen"] == run.screen)
-                & (done["seed"] == run.seed)
-                & (done["left_out"] == run.left_out)
-            ).any():
+            if (
+                done is not None
+                and (
+                    (done["screen"] == run.screen)
+                    & (done["seed"] == run.seed)
+                    & (done["left_out"] == run.left_out)
+                ).any()
+            ):
                 continue
             table = execute(run)
             table.to_csv(SCORES, mode="a", header=done is None, index=False, float_format="%.6g")
