@@ -92,10 +92,15 @@ class DataConfig(_Component):
 
 
 class QCConfig(_Component):
-    """Artifact annotation: median ± `n_mads` unscaled MADs, and scrublet's doublet score."""
+    """Artifact annotation: median ± `n_mads` unscaled MADs, and scrublet's doublet score.
+
+    `flags` names those to raise, all that can be computed if empty: leave out one that marks
+    biology, such as high_hb in an erythroid screen.
+    """
 
     n_mads: PositiveFloat = 3.0
     doublets: bool = True
+    flags: tuple[str, ...] = ()
     counts_key: OptionalText = None
     genes_key: OptionalText = None
     pct_mito_key: OptionalText = None
@@ -143,11 +148,12 @@ OptionalGeneEffect: TypeAlias = Annotated[
 class ModelConfig(_Component):
     """The generative model, DESIGN section 2; the defaults switch every mechanism on."""
 
-    n_latents: PositiveInt = 32
-    n_artifact_latents: NonNegativeInt = 4
+    n_latents: PositiveInt = 16
+    n_artifact_latents: NonNegativeInt = 6
+    dilution: bool = True
     combine: Literal["concat", "sum"] = "concat"
     likelihood: Literal["nb", "poisson", "zinb", "normal"] = "nb"
-    decoder: NetworkConfig = NetworkConfig()
+    decoder: NetworkConfig = NetworkConfig(hidden=32, layers=0)
     linear_path: bool = True
     mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     effect_scale: PositiveFloat = 1.0
@@ -164,7 +170,7 @@ class GuideConfig(_Component):
     """The variational family: structured (default) or mean-field."""
 
     family: Literal["structured", "mean_field"] = "structured"
-    encoder: NetworkConfig = NetworkConfig(layers=1)
+    encoder: NetworkConfig = NetworkConfig(layers=2)
     effect_encoder: NetworkConfig = NetworkConfig(hidden=64, layers=1)
     initial_scale: PositiveFloat = 0.1
 
@@ -227,13 +233,13 @@ class ObjectiveConfig(_Component):
 class TrainConfig(_Component):
     """Optimisation; everything here is passed to Lightning or to Adam."""
 
-    max_epochs: PositiveInt = 60
+    max_epochs: PositiveInt = 120
     batch_size: PositiveInt = 128
-    learning_rate: PositiveFloat = 2e-3
+    learning_rate: PositiveFloat = 5e-3
     effect_learning_rate: PositiveFloat = 2e-3
-    weight_decay: NonNegativeFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.3
     gradient_clip: PositiveFloat = 100.0
-    patience: PositiveInt = 20
+    patience: PositiveInt = 30
     schedule: Literal["constant", "cosine"] = "cosine"
     seed: NonNegativeInt = 0
     accelerator: Literal["auto", "cpu", "cuda"] = "cpu"
@@ -245,7 +251,7 @@ class EvaluationConfig(_Component):
     """How a run is scored, DESIGN section 6."""
 
     draws: PositiveInt = 50
-    n_controls: PositiveInt = 500
+    n_controls: PositiveInt = 100
     density_draws: PositiveInt = 8
     density_particles: PositiveInt = 8
     n_density_cells: PositiveInt = 500

@@ -28,7 +28,11 @@ from cradle_pyro.simulate.perturbseq import simulate_perturbseq
 __all__ = ["DEMO_SETTINGS", "evaluate_run", "run_demo", "train_run"]
 
 _SPLIT = "cradle_split"
-DEMO_SETTINGS = ("data.layer='counts'", "split.method=combinations")
+DEMO_SETTINGS = (
+    "data.layer='counts'",
+    "data.covariate_keys=['batch']",
+    "split.method=combinations",
+)
 """What the demo changes in the default configuration."""
 
 _SMOKE_SETTINGS = (

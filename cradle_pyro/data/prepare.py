@@ -105,6 +105,7 @@ def annotate(
         qc.n_mads,
         layer=options.layer,
         fit_on=fit_on,
+        flags=qc.flags or None,
         metrics={name: key for name, key in keys.items() if key is not None} or None,
         doublets="auto" if qc.doublets else False,
     )

@@ -95,6 +95,9 @@ class Cradle(nn.Module):
         self.artifact_loading = nn.Parameter(
             0.3 * torch.randn(self.n_artifact_latents, config.n_latents)
         )
+        if self.n_artifact_latents and config.dilution:
+            self.dilution_loading = nn.Parameter(0.3 * torch.randn(self.n_artifact_latents))
+            self.dilution_bias = nn.Parameter(torch.tensor(-2.0))
         if self.has_artifact_risk:
             share = statistics.artifact_share.clamp(1e-3, 1 - 1e-3)
             self.artifact_log_odds = nn.Parameter(torch.logit(share))
@@ -128,12 +131,15 @@ class Cradle(nn.Module):
             perturbation_shift = deterministic(
                 sites.PERTURBATION_SHIFT, perturbation @ effect, event_dim=1
             )
-            artifact_shift = self.artifact_shift(batch, artifact, artifact_effect)
+            z_artifact = self.artifact_state(batch, artifact)
+            artifact_shift = self.artifact_shift(artifact, artifact_effect, z_artifact)
             library = self.library(batch, artifact, depth)
             z_basal = sample(sites.Z_BASAL, self._standard_normal(batch, self.config.n_latents))
+            own = self.own_share(artifact, z_artifact)
+            change = self.log_fold_change(z_basal, perturbation, gene_effect)
             rate = self.rate(
-                z_basal, perturbation_shift, artifact_shift, batch.covariates,
-                self.log_fold_change(z_basal, perturbation, gene_effect),
+                own * z_basal, own * perturbation_shift, artifact_shift, batch.covariates,
+                None if change is None else own * change,
             )  # fmt: skip
             return sample(sites.COUNTS, self.likelihood(rate, library), obs=batch.counts)
 
@@ -191,16 +197,34 @@ class Cradle(nn.Module):
             return sample(sites.ARTIFACT, flags, obs=batch.artifact)
         return sample(sites.ARTIFACT, flags, obs=batch.artifact, obs_mask=batch.artifact_observed)
 
-    def artifact_shift(self, batch: Batch, artifact: Tensor, effect: Tensor | None) -> Tensor:
+    def artifact_state(self, batch: Batch, artifact: Tensor) -> Tensor | None:
+        """Sample kind and degree of each cell's artifact; zero without one."""
+        if not self.n_artifact_latents:
+            return None
+        prior = self._standard_normal(batch, self.n_artifact_latents)
+        return gate(artifact) * sample(sites.Z_ARTIFACT, prior)
+
+    def artifact_shift(
+        self, artifact: Tensor, effect: Tensor | None, z_artifact: Tensor | None
+    ) -> Tensor:
         """Return the shift by flags and by kind of artifact; exactly zero without an artifact."""
-        shift = self.artifact_loading.new_zeros(len(batch), self.config.n_latents)
+        shift = artifact.new_zeros(len(artifact), self.config.n_latents)
         if effect is not None:
             shift = artifact @ effect
-        if self.n_artifact_latents:
-            prior = self._standard_normal(batch, self.n_artifact_latents)
-            z_artifact = sample(sites.Z_ARTIFACT, prior)
-            shift = shift + gate(artifact) * (z_artifact @ self.artifact_loading)
+        if z_artifact is not None:
+            shift = shift + z_artifact @ self.artifact_loading
         return deterministic(sites.ARTIFACT_SHIFT, shift, event_dim=1)
+
+    def own_share(self, artifact: Tensor, z_artifact: Tensor | None) -> Tensor | float:
+        """Return how much of what is special to a cell is left, in (0, 1); shape (..., cells, 1).
+
+        Foreign RNA dilutes it: log((1 - c) exp(h) + c) = (1 - c) h to first order in the cell's
+        own deviation h. Exactly one without an artifact.
+        """
+        if z_artifact is None or not self.config.dilution:
+            return 1.0
+        foreign = torch.sigmoid(z_artifact @ self.dilution_loading + self.dilution_bias)
+        return 1 - gate(artifact) * foreign.unsqueeze(-1)
 
     def library(self, batch: Batch, artifact: Tensor, depth: Tensor | None) -> Tensor:
         """Return the library size, shape (cells,): modelled, or given by the data."""
