@@ -61,6 +61,7 @@ def make_linear_pair(
         model={
             "n_latents": oracle.n_latents,
             "n_artifact_latents": oracle.n_artifact_latents,
+            "dilution": False,
             "combine": "sum",
             "likelihood": "normal",
             "decoder": {"layers": 0},

@@ -101,7 +101,7 @@ def test_configurations_are_frozen():
         ('data.library_key="n counts"', lambda c: c.data.library_key, "n counts"),
         ("data.library_key=a=b", lambda c: c.data.library_key, "a=b"),
         ('data.covariate_keys=["batch"]', lambda c: c.data.covariate_keys, ("batch",)),
-        ("model.decoder.hidden=8", lambda c: c.model.decoder, NetworkConfig(hidden=8)),
+        ("model.decoder.hidden=8", lambda c: c.model.decoder, NetworkConfig(hidden=8, layers=0)),
         ("model.decoder={hidden=8}", lambda c: c.model.decoder, NetworkConfig(hidden=8)),
         ("objective.counterfactual=kl", lambda c: c.objective.counterfactual, KLTerm()),
         ("objective.counterfactual=partner", lambda c: c.objective.counterfactual, PartnerTerm()),

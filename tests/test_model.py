@@ -189,14 +189,17 @@ def test_structural_equations_by_hand(combine, linear_path, has_rest, covariates
             r = r + latents[sites.Z_ARTIFACT][n] @ model.artifact_loading
         torch.testing.assert_close(nodes[sites.PERTURBATION_SHIFT]["value"][n], p)
         torch.testing.assert_close(nodes[sites.ARTIFACT_SHIFT]["value"][n], r)
-        z = latents[sites.Z_BASAL][n]
-        states = [z + p + r] if combine == "sum" else [z, p, r]
+        z, own = latents[sites.Z_BASAL][n], 1.0
+        if a.sum() > 0:  # foreign RNA dilutes what is the cell's own
+            dilution = latents[sites.Z_ARTIFACT][n] @ model.dilution_loading + model.dilution_bias
+            own = 1 - torch.sigmoid(dilution)
+        states = [own * (z + p) + r] if combine == "sum" else [own * z, own * p, r]
         if covariates:
             states.append(batch.covariates[n])
         logits = model.decoder(*(state[None] for state in states))[0]
         shift = sum(d[t] * latents[sites.GENE_EFFECT][t] for t in range(N_PERTURBATIONS))
         response = torch.sigmoid(z @ model.response_loading + model.response_bias)
-        weights = (logits[:N_GENES] + response / mean_response(model) * shift).exp()
+        weights = (logits[:N_GENES] + own * response / mean_response(model) * shift).exp()
         total = weights.sum() + (logits[N_GENES].exp() if has_rest else 0)
         rate = nodes[sites.RATE]["value"][n]
         torch.testing.assert_close(rate, weights / total)
