@@ -26,7 +26,7 @@ from cradle_pyro.workflow import DEMO_SETTINGS
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SCREENS = Path(os.environ.get("CRADLE_SCREENS", ROOT.parent / "shared" / "data"))
-SCORES = HERE / "scores.csv"
+SCORES = Path(os.environ.get("CRADLE_SCORES", HERE / "scores.csv"))
 NORMAN_PAIRS = (
     "MAP2K3+MAP2K6",
     "MAP2K3+SLC38A2",
