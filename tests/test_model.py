@@ -539,3 +539,26 @@ def test_all_mechanisms_off_still_generates() -> None:
     trace = trace_of(model, make_batch(schema))
     assert not trace.nodes[sites.PERTURBATION_SHIFT]["value"].any()
     assert torch.isfinite(trace.log_prob_sum())
+
+
+def test_foreign_rna_dilutes_failing_cells_only():
+    batch = make_batch(make_schema())
+    model, _ = make_pair(make_schema(), model={"dilution": True})
+    latents = latents_of(model, batch)
+    own = model.own_share(batch.artifact, latents[sites.Z_ARTIFACT])
+    failing = gate(batch.artifact).squeeze(-1) > 0
+    assert failing.any()
+    assert (~failing).any()
+    assert (own[~failing] == 1).all()
+    assert ((own[failing] > 0) & (own[failing] < 1)).all()
+    # Without dilution nothing is lost; a cell that is all foreign RNA shows nothing of its own.
+    assert (
+        make_pair(make_schema(), model={"dilution": False})[0].own_share(batch.artifact, None) == 1
+    )
+    with torch.no_grad():
+        model.dilution_bias.fill_(50.0)
+    first = trace_of(model, batch, latents).nodes[sites.RATE]["value"]
+    moved = latents | {sites.Z_BASAL: latents[sites.Z_BASAL] + 1}
+    second = trace_of(model, batch, moved).nodes[sites.RATE]["value"]
+    torch.testing.assert_close(first[failing], second[failing])
+    assert (first[~failing] - second[~failing]).abs().max() > 1e-4
