@@ -231,7 +231,7 @@ class ObjectiveConfig(_Component):
 
 
 class TrainConfig(_Component):
-    """Optimisation; everything here is passed to Lightning or to Adam."""
+    """Optimisation; everything here is passed to Lightning or to AdamW."""
 
     max_epochs: PositiveInt = 120
     batch_size: PositiveInt = 128

@@ -46,6 +46,10 @@ class Cells:
     def n_cells(self) -> int:
         return len(self.library)
 
+    @property
+    def passing(self) -> np.ndarray:
+        return ~self.failing
+
     def subset(self, rows: np.ndarray) -> Cells:
         return replace(
             self,

@@ -155,6 +155,8 @@ def test_unobserved_flags_are_marked_in_the_batch():
     data = make_data(screen)
     assert data.batch([1, 2]).artifact_observed.tolist() == [True, False]
     assert data.batch([0, 1]).artifact_observed is None
+    assert not data.passing[2]  # not known to pass
+    np.testing.assert_array_equal(np.delete(data.passing, 2), np.delete(~data.failing, 2))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -209,6 +209,11 @@ class CellData:
         """True for cells with any artifact, bool; shape (cells,)."""
         return np.asarray((self.artifact > 0).any(axis=1))
 
+    @property
+    def passing(self) -> np.ndarray:
+        """Cells known to carry no artifact; missing flags do not count, shape (cells,)."""
+        return ~self.failing & self.artifact_observed
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of names, design, libraries, artifacts and counts, as 64 hexadecimal digits.

@@ -161,7 +161,7 @@ def label_groups(
     passing
         Use only cells without an artifact.
     """
-    kept = ~np.asarray(data.failing, dtype=bool) if passing else np.ones(data.n_cells, dtype=bool)
+    kept = np.asarray(data.passing) if passing else np.ones(data.n_cells, dtype=bool)
     positions = np.flatnonzero(kept)
     labels = np.asarray(data.labels).astype(str)[positions]
     names, inverse = np.unique(labels, return_inverse=True)
@@ -184,7 +184,7 @@ def marginal_groups(
     For screens of high multiplicity, where most combinations occur once. The control group holds
     the cells that carry none. Parameters as in `label_groups`.
     """
-    kept = ~np.asarray(data.failing, dtype=bool) if passing else np.ones(data.n_cells, dtype=bool)
+    kept = np.asarray(data.passing) if passing else np.ones(data.n_cells, dtype=bool)
     design = sparse.csc_array(data.perturbation, copy=True)
     design.eliminate_zeros()  # a dosage stored as zero is no dosage
     carries_none = np.bincount(design.indices, minlength=data.n_cells) == 0

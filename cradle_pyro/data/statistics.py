@@ -117,17 +117,19 @@ def raw_effects(train: CellData, statistics: Statistics) -> EffectStart:
 
 
 def _groups(train: CellData) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the cells that each perturbation is estimated from, and the controls, else all."""
+    """Return the cells that each perturbation is estimated from, and the controls (else all cells)."""
     design = sp.csc_array(train.perturbation)
     carried = np.asarray((train.perturbation > 0).sum(1)).ravel()
-    passing = ~train.failing
+    passing = train.passing
     members = []
     for column in range(design.shape[1]):
         rows = design.indices[design.indptr[column] : design.indptr[column + 1]]
         alone = rows[(carried[rows] == 1) & passing[rows]]
         members.append(alone if len(alone) else rows)
-    controls = np.flatnonzero((carried == 0) & passing)
-    return members, controls if len(controls) else np.arange(train.n_cells)
+    controls = np.flatnonzero(carried == 0)
+    clean = controls[passing[controls]]
+    choices = (clean, controls, np.arange(train.n_cells))
+    return members, next(rows for rows in choices if len(rows))
 
 
 def _tensor(values: np.ndarray | float) -> torch.Tensor:

@@ -135,7 +135,7 @@ def generated_qc(
         thresholds = fit_thresholds(fitted, n_mads)
         pass_rate[f"{n_mads:g}"] = qc_pass_rate(qc_flags(new, thresholds))
         real_pass_rate[f"{n_mads:g}"] = qc_pass_rate(qc_flags(real, thresholds))
-    passing = ~test.failing
+    passing = test.passing
     ks = {
         name: ks_distance(new[name], values[passing])
         for name, values in real.items()
@@ -148,7 +148,7 @@ def _generate_passing(
     posterior: Posterior, train: CellData, test: CellData, *, seed: int, chunk: int
 ) -> np.ndarray:
     counts = np.empty((test.n_cells, posterior.schema.n_genes), dtype=np.float32)
-    passing = torch.as_tensor(train.library[~train.failing])
+    passing = torch.as_tensor(train.library[train.passing])
     n_latents = posterior.config.model.n_latents
     with seeded(seed), torch.no_grad():
         for start in range(0, test.n_cells, chunk):

@@ -80,7 +80,7 @@ def mean_passing_profiles(train: CellData, labels: np.ndarray) -> np.ndarray:
 
     For a label never trained, control times the product of its perturbations' fold changes.
     """
-    passing = train.subset(~train.failing)
+    passing = train.subset(train.passing)
     control = passing.schema.control
     means: dict[str, np.ndarray] = {}
 

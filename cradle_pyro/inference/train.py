@@ -118,8 +118,8 @@ def flip_pool(train: CellData) -> FlipPool:
     designs, design_counts = _distinct(train.perturbation.toarray())
     flags, flag_counts = _distinct(train.artifact[train.failing])
     library = torch.as_tensor(train.library)
-    failing = torch.as_tensor(train.failing)
-    return FlipPool(designs, design_counts, flags, flag_counts, library[~failing], library[failing])
+    failing, passing = torch.as_tensor(train.failing), torch.as_tensor(train.passing)
+    return FlipPool(designs, design_counts, flags, flag_counts, library[passing], library[failing])
 
 
 def _distinct(rows: np.ndarray) -> tuple[Tensor, Tensor]:
