@@ -117,7 +117,7 @@ def raw_effects(train: CellData, statistics: Statistics) -> EffectStart:
 
 
 def _groups(train: CellData) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the cells that each perturbation is estimated from, and the controls (else all cells)."""
+    """Return the cells each perturbation is estimated from, and the controls (else all cells)."""
     design = sp.csc_array(train.perturbation)
     carried = np.asarray((train.perturbation > 0).sum(1)).ravel()
     passing = train.passing
