@@ -243,7 +243,6 @@ class TrainConfig(_Component):
     schedule: Literal["constant", "cosine"] = "cosine"
     seed: NonNegativeInt = 0
     accelerator: Literal["auto", "cpu", "cuda"] = "cpu"
-    devices: PositiveInt = 1
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 

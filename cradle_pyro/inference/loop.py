@@ -308,7 +308,7 @@ def make_trainer(
         extra.append(TrainingProgress())
     trainer = L.Trainer(
         accelerator="gpu" if config.accelerator == "cuda" else config.accelerator,
-        devices=config.devices,
+        devices=1,
         precision=config.precision,
         max_epochs=config.max_epochs,
         gradient_clip_val=config.gradient_clip,
