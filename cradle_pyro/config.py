@@ -30,7 +30,6 @@ from .errors import ConfigError, near
 
 __all__ = [
     "Config",
-    "ConsistencyTerm",
     "DataConfig",
     "EvaluationConfig",
     "GeneEffectConfig",
@@ -175,31 +174,28 @@ class GuideConfig(_Component):
     initial_scale: PositiveFloat = 0.1
 
 
-class SleepTerm(_Component):
+class _AbstractConsistencyTerm(_Component):
+    flip_artifact: Fraction = 0.5
+    flip_perturbation: Fraction = 0.5
+    generated_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+
+class SleepTerm(_AbstractConsistencyTerm):
     """Consistency, sleep form: a cell's own counterfactual must abduct to its basal state."""
 
     kind: Literal["sleep"] = "sleep"
-    flip_artifact: Fraction = 0.5
-    flip_perturbation: Fraction = 0.5
-    generated_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
 
-class KLTerm(_Component):
+class KLTerm(_AbstractConsistencyTerm):
     """Consistency, KL form; over-disperses the posterior, offered for comparison."""
 
     kind: Literal["kl"] = "kl"
-    flip_artifact: Fraction = 0.5
-    flip_perturbation: Fraction = 0.5
-    generated_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
 
 class PartnerTerm(_Component):
     """The published idea, corrected: an observed partner cell with the opposite artifact state."""
 
     kind: Literal["partner"] = "partner"
-
-
-ConsistencyTerm: TypeAlias = SleepTerm | KLTerm
 
 
 _TERMS: dict[int | str, type[_Component]] = {

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "EffectStart", "Schema", "Statistics"]
+__all__ = ["SCALE", "Batch", "EffectStart", "Schema", "Statistics"]
+
+SCALE: Final = 1e4
+"""Counts per cell to which fractions are scaled before a logarithm."""
 
 
 @dataclass(frozen=True)

@@ -95,15 +95,17 @@ def test_an_annotation_fitted_on_the_training_cells_is_taken_without_a_warning()
     adata = make_screen()
     split = prepare(make_screen(), config).data.split
     annotate(adata, config.data, config.qc, fit_on=np.asarray(split) == "train")
-    prepare(adata, config)  # a warning would be an error
+    taken = prepare(adata, config)  # a warning would be an error
+    assert taken.adata.uns["cradle_qc"]["n_cells_fitted"] == (np.asarray(split) == "train").sum()
 
 
 def test_thresholds_fitted_on_test_cells_do_not_matter_where_flags_are_not_used():
     adata = make_screen()
     annotate(adata, make_config().data, make_config().qc)
-    prepare(adata, make_config("data.artifact=none"))
-    own = make_config('data.artifact_keys=["cradle_artifact"]')
-    prepare(adata, own)
+    without = prepare(adata, make_config("data.artifact=none"))  # a warning would be an error
+    assert without.data.schema.artifacts == ()
+    own = prepare(adata, make_config('data.artifact_keys=["cradle_artifact"]'))
+    assert own.data.schema.artifacts == ("cradle_artifact",)
 
 
 def test_existing_columns_serve_as_metrics():

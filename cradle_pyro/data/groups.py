@@ -15,6 +15,7 @@ import numpy as np
 from scipy import sparse
 
 from cradle_pyro.errors import DataError, shown
+from cradle_pyro.types import SCALE
 
 if TYPE_CHECKING:
     from cradle_pyro.data.dataset import CellData
@@ -30,9 +31,6 @@ __all__ = [
     "log2_fraction",
     "marginal_groups",
 ]
-
-SCALE = 1e4
-"""Counts per cell to which fractions are scaled before the logarithm."""
 
 Functional = Literal["log_mean", "mean_log"]
 Grouping = Literal["label", "marginal"]

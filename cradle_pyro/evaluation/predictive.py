@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from pyro import poutine
 from cradle_pyro import sites
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.data.qc import fit_thresholds, qc_flags, qc_metrics
-from cradle_pyro.evaluation.metrics import ks_distance, qc_pass_rate
+from cradle_pyro.evaluation.metrics import ks_distance, log_mean_exp, qc_pass_rate
 from cradle_pyro.inference.objectives import local_sites
 from cradle_pyro.inference.posterior import Posterior, draw_latents
 from cradle_pyro.model.intervene import run_world
@@ -74,8 +73,7 @@ def held_out_density(
                 }
                 guide = poutine.condition(posterior.guide, data=fixed)
                 weights += [_log_weight(posterior, guide, batch) for _ in range(particles)]
-            total = torch.logsumexp(torch.stack(weights), 0) - math.log(len(weights))
-            values[rows] = total.cpu().numpy()
+            values[rows] = log_mean_exp(torch.stack(weights).cpu().numpy())
     return values
 
 

@@ -10,13 +10,12 @@ from cradle_pyro.data.dataset import CellData
 from cradle_pyro.evaluation.metrics import rmse
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.queries.profiles import expected_rate
+from cradle_pyro.types import SCALE
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = ["Truth", "profile_errors", "truth_of"]
-
-_SCALE = 1e4
 
 
 class Truth(NamedTuple):
@@ -112,4 +111,4 @@ def mean_passing_profiles(train: CellData, labels: np.ndarray) -> np.ndarray:
 
 
 def _log_profile(fraction: np.ndarray) -> np.ndarray:
-    return np.log1p(_SCALE * fraction)
+    return np.log1p(SCALE * fraction)

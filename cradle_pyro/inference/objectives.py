@@ -15,6 +15,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -136,16 +137,11 @@ class CradleELBO(ELBO):
         if not self.config.balance_failing or not 0 < self.failing_share < 1:
             return None
         failing = gate(batch.artifact).squeeze(-1)
-        if batch.artifact_observed is not None:  # a missing flag has the weight one
-            return self._weights_of(failing).where(
-                batch.artifact_observed, torch.ones_like(failing)
-            )
-        return self._weights_of(failing)
-
-    def _weights_of(self, failing: Tensor) -> Tensor:
-        return torch.where(
-            failing > 0, 0.5 / self.failing_share, 0.5 / (1 - self.failing_share)
-        ).to(failing.dtype)
+        weights = torch.full_like(failing, 0.5 / (1 - self.failing_share))
+        weights[failing > 0] = 0.5 / self.failing_share
+        if batch.artifact_observed is not None:
+            weights[~batch.artifact_observed] = 1.0
+        return weights
 
     def _counterfactual(
         self, model: PyroCallable, guide: PyroCallable, guide_trace: Trace, batch: Batch
@@ -206,9 +202,9 @@ def elbo_terms(
     """
     terms = {}
     for name, site in model_trace.nodes.items():
-        if site["type"] != "sample" or site["infer"].get("_deterministic"):
+        if site["type"] != "sample" or site_is_subsample(site):
             continue
-        if type(site["fn"]).__name__ == "_Subsample":
+        if site["infer"].get("_deterministic"):
             continue
         if site["is_observed"]:
             value = site["log_prob"]
@@ -264,9 +260,7 @@ def one_particle(trace: Trace) -> dict[str, Tensor]:
     """Return the latent values of the first particle, without gradient and particle dimension."""
     values = {}
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site["is_observed"]:
-            continue
-        if type(site["fn"]).__name__ == "_Subsample":
+        if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
             continue
         value = site["value"].detach()
         n_dims = len(site["fn"].event_shape) + 1
@@ -285,8 +279,10 @@ def sleep_term(guide: PyroCallable, latents: Mapping[str, Tensor], flipped: Batc
     """
     trace = _guide_given(guide, latents, flipped)
     total = torch.zeros_like(flipped.library)
-    for name in sorted(set(latents) & _conditioned_local(trace)):
+    for name in sorted(set(latents) & set(trace.nodes)):
         site = trace.nodes[name]
+        if not is_local(site):
+            continue
         log_prob = site["fn"].log_prob(site["value"])
         if name == sites.Z_ARTIFACT:
             log_prob = gate(flipped.artifact).squeeze(-1) * log_prob
@@ -333,12 +329,6 @@ def partner_term(guide: PyroCallable, latents: Mapping[str, Tensor], batch: Batc
 
 def _guide_given(guide: PyroCallable, latents: Mapping[str, Tensor], batch: Batch) -> Trace:
     return poutine.trace(poutine.condition(guide, data=dict(latents))).get_trace(batch)
-
-
-def _conditioned_local(trace: Trace) -> set[str]:
-    return {
-        name for name, site in trace.nodes.items() if site["type"] == "sample" and is_local(site)
-    }
 
 
 def with_imputed_flags(cells: Batch, latents: Mapping[str, Tensor]) -> Batch:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from cradle_pyro import sites
 from cradle_pyro.config import Config
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.model.cradle import Cradle
-from cradle_pyro.model.guides import CradleGuide, make_guide
+from cradle_pyro.model.guides import CradleGuide
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch, Schema, Statistics
 
@@ -104,7 +105,7 @@ def build_pair(
     """Return a fresh model and guide with parameters drawn from `seed`."""
     with seeded(seed):
         model = Cradle(schema, config.model, statistics)
-        return model, make_guide(model, config.guide, statistics)
+        return model, CradleGuide(model, config.guide, statistics)
 
 
 def draw_latents(guide: CradleGuide, batch: Batch) -> dict[str, Tensor]:
@@ -114,7 +115,7 @@ def draw_latents(guide: CradleGuide, batch: Batch) -> dict[str, Tensor]:
     return {
         name: site["value"]
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
+        if site["type"] == "sample" and not site_is_subsample(site)
     }
 
 

@@ -18,7 +18,7 @@ from .cradle import Cradle, GeneEffectPrior, cells_plate, gate
 from .networks import CellEncoder, GaussianHead, MeanFieldNormal, ResidualMLP
 from .relaxed import StraightThroughBernoulli, TiltedScaleMixture
 
-__all__ = ["CradleGuide", "make_guide"]
+__all__ = ["CradleGuide"]
 
 _INITIAL_EFFECT_ERROR = 0.3
 _N_SUMMARIES = 3
@@ -297,8 +297,3 @@ class CradleGuide(nn.Module):
     ) -> dist.Normal:
         levels = [batch.covariates] if self.schema.n_covariate_levels else []
         return encoder(expression, *context, *levels)
-
-
-def make_guide(model: Cradle, config: GuideConfig, statistics: Statistics) -> CradleGuide:
-    """Return the guide of the configured family for `model`."""
-    return CradleGuide(model, config, statistics)

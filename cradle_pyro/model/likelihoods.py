@@ -14,7 +14,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cradle_pyro.types import Statistics
+from cradle_pyro.types import SCALE, Statistics
 
 __all__ = [
     "AbstractLikelihood",
@@ -31,7 +31,6 @@ __all__ = [
 
 _SMALLEST_MEAN = 1e-12
 _LOG_DISPERSION_RANGE = (-6.0, 9.0)
-_PER_TEN_THOUSAND = 1e4
 
 
 class _GeneDistribution(TorchDistribution):
@@ -266,7 +265,7 @@ class AbstractLikelihood(nn.Module):
 
     def log2_expression(self, rate: Tensor) -> Tensor:
         """Return the scale of effects, log2(1 + 1e4 rate)."""
-        return torch.log2(1 + _PER_TEN_THOUSAND * rate)
+        return torch.log2(1 + SCALE * rate)
 
     def initial_logits(self, statistics: Statistics) -> Tensor:
         """Return the decoder's first bias, shape (genes,): the log mean fraction."""
