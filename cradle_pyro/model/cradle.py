@@ -229,7 +229,7 @@ class Cradle(nn.Module):
     def library(self, batch: Batch, artifact: Tensor, depth: Tensor | None) -> Tensor:
         """Return the library size, shape (cells,): modelled, or given by the data."""
         if depth is None:
-            return deterministic(sites.LIBRARY, batch.library)
+            return deterministic(sites.LIBRARY, batch.library, event_dim=0)
         levels = self.log_library_loc
         has_levels = self.schema.n_covariate_levels > 0
         loc = batch.covariates @ levels if has_levels else levels.expand(len(batch))
