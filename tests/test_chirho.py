@@ -19,8 +19,8 @@ from torch.distributions import AffineTransform, ExpTransform
 
 from cradle_pyro import sites
 from cradle_pyro.inference.posterior import draw_latents
-from cradle_pyro.model.cradle import Cradle
 from cradle_pyro.model.intervene import run_world
+from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch
 
 pytest.importorskip("chirho", reason="ChiRho is not installed: pip install 'cradle-pyro[test]'")
@@ -54,7 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
 class World(NamedTuple):
     """A model, its cells, and a value of each site that is random or observed."""
 
-    model: Cradle
+    model: Callable[[Batch], Tensor]
     batch: Batch
     latents: Values
 
@@ -141,6 +141,21 @@ def test_chirho_do_gives_the_same_world(name, act) -> None:
     world = make_world(name)
     actions = ACTS[act](world)
     assert_same(chirho_world(world, actions), run_world(*world, actions))
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_chirho_do_generates_the_same_counts_from_the_same_seed(name, act) -> None:
+    world = make_world(name)
+    actions = ACTS[act](world)
+    held = {key: value for key, value in world.latents.items() if key != sites.COUNTS}
+    # Of what descends from the library, the counts are all that there is.
+    free = World(poutine.uncondition(world.model), world.batch, held)
+    with seeded(0):
+        found = chirho_world(free, actions)[sites.COUNTS]
+    with seeded(0):
+        ours = run_world(*free, actions)[sites.COUNTS]
+    assert torch.equal(found, ours)
 
 
 @pytest.mark.parametrize("act", ACTS)
