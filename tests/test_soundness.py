@@ -181,6 +181,12 @@ def test_many_genes_are_read_by_components_of_standardised_profiles(
     assert read(2) == 1.0
 
 
+def test_few_cells_of_many_genes_are_read(rng: np.random.Generator) -> None:
+    labels = make_labels((5, 5, 6))
+    cells = np.hstack([make_cells(rng, labels) for _ in range(9)])
+    assert effectiveness(cells, labels, cells, labels).read == 1.0
+
+
 def test_the_same_seed_gives_the_same_reading(rng: np.random.Generator) -> None:
     labels = make_labels((40, 40))
     cells = make_cells(rng, labels, fold=1.5)

@@ -267,8 +267,8 @@ def _reader(shape: tuple[int, ...], n_components: int, seed: int) -> Pipeline:
     n_cells, n_genes = shape
     steps = [StandardScaler()]
     if n_genes > n_components:
-        # A fold must hold as many cells as components are asked for.
-        n_kept = min(n_components, n_cells * (_FOLDS - 1) // _FOLDS)
+        # The readers of the folds have no more components than cells.
+        n_kept = min(n_components, n_cells // 2)
         steps += [PCA(n_kept, whiten=True, svd_solver="randomized", random_state=seed)]
     return make_pipeline(*steps, LogisticRegression(class_weight="balanced", max_iter=5000))
 
