@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 from cradle_pyro.errors import DataError
 from cradle_pyro.evaluation.soundness import (
     composition,
+    control_effectiveness,
     effectiveness,
     minimality,
     reversibility,
@@ -75,7 +76,7 @@ def test_cells_that_became_what_was_intended_are_read_so(rng: np.random.Generato
     result = effectiveness(real, real_labels, made, np.zeros(40, int), factual=factual)
     assert (result.read, result.before, result.real) == (1.0, 0.0, 1.0)
     assert (result.auroc, result.real_auroc) == (1.0, 1.0)
-    assert result.chance == 0.5
+    assert (result.chance, result.n) == (0.5, 40)
 
 
 def test_the_reader_learns_from_real_cells_alone(rng: np.random.Generator) -> None:
@@ -219,6 +220,26 @@ def test_readers_that_cannot_learn_are_errors(rng: np.random.Generator) -> None:
         effectiveness(real, labels, real[:, 1:], labels)
     with pytest.raises(DataError, match=r"\(1, 12\)"):
         effectiveness(real, labels, real, labels, factual=real[:1])
+
+
+def test_each_perturbation_is_read_against_control_by_itself(rng: np.random.Generator) -> None:
+    names = np.array(["control", "A", "B", "rare"])
+    codes = make_labels((60, 40, 40, 4))
+    real, real_labels = make_cells(rng, codes), names[codes]
+    before = make_labels((0, 30, 10, 5))
+    # All of A became controls, none of B did; nothing is known of the rare one.
+    made = make_cells(rng, np.where(before == 1, 0, before))
+    factual = make_cells(rng, before)
+    result = control_effectiveness(
+        real, real_labels, made, names[before], control="control", factual=factual
+    )
+    assert (result.read, result.before, result.real, result.chance) == (0.75, 0.0, 1.0, 0.5)
+    # Cells of B are held against real cells of B: not told apart.
+    assert result.auroc == pytest.approx(0.75 * 1.0 + 0.25 * 0.5, abs=0.1)
+    assert result.real_auroc == 1.0
+    assert result.n == 40
+    with pytest.raises(DataError, match="None of 'rare' is a perturbation with 5 real cells"):
+        control_effectiveness(real, real_labels, made[-5:], names[before][-5:], control="control")
 
 
 # --- minimality ----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ __all__ = [
     "Effectiveness",
     "Minimality",
     "composition",
+    "control_effectiveness",
     "effectiveness",
     "minimality",
     "reversibility",
@@ -76,6 +77,8 @@ class Effectiveness(NamedTuple):
     chance
         What `read` would be if the counts said nothing: one over the number of classes, since the
         reader weighs classes alike.
+    n
+        Number of counterfactual cells that were read.
     """
 
     read: float
@@ -84,6 +87,7 @@ class Effectiveness(NamedTuple):
     auroc: float
     real_auroc: float
     chance: float
+    n: int
 
 
 class Minimality(NamedTuple):
@@ -213,7 +217,75 @@ def effectiveness(
         auroc=auroc,
         real_auroc=real_auroc,
         chance=1 / len(classes),
+        n=len(made),
     )
+
+
+def control_effectiveness(
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    counterfactual: np.ndarray,
+    labels: np.ndarray,
+    *,
+    control: str,
+    factual: np.ndarray | None = None,
+    values: Values = "counts",
+    n_components: int = 50,
+    seed: int = 0,
+) -> Effectiveness:
+    """Return how often perturbed cells that were made controls are read as controls.
+
+    Every perturbation has its own reader, of its real cells against real controls: one reader of
+    all of them would learn little, since most perturbations change few genes.
+
+    Parameters
+    ----------
+    real, counterfactual, factual, values, n_components, seed
+        As in :func:`effectiveness`.
+    real_labels
+        Perturbation label of the real cells, controls included; shape (real cells,).
+    labels
+        Label that the counterfactual cells had before they were made controls; shape (cells,).
+    control
+        Label of a control.
+
+    Returns
+    -------
+    Effectiveness
+        Mean over the cells that could be read. Those whose label has fewer than five real cells
+        are left out.
+
+    Raises
+    ------
+    DataError
+        When no label can be read, or as in :func:`effectiveness`.
+    """
+    real, counterfactual = np.asarray(real), np.asarray(counterfactual)
+    real_labels, labels = np.asarray(real_labels), np.asarray(labels)
+    found = []
+    for label in np.unique(labels[labels != control]):
+        if (real_labels == label).sum() < _FOLDS:
+            continue
+        rows, own = np.isin(real_labels, (label, control)), labels == label
+        result = effectiveness(
+            real[rows],
+            real_labels[rows] == control,
+            counterfactual[own],
+            np.ones(own.sum(), dtype=bool),
+            factual=None if factual is None else np.asarray(factual)[own],
+            values=values,
+            n_components=n_components,
+            seed=seed,
+        )
+        found.append(result)
+    if not found:
+        raise DataError(
+            f"None of {shown(np.unique(labels))} is a perturbation with {_FOLDS} real cells to "
+            "learn from. Give more real cells."
+        )
+    sizes = [result.n for result in found]
+    *means, _ = np.average(np.array(found), axis=0, weights=sizes).tolist()
+    return Effectiveness(*means, n=sum(sizes))
 
 
 def minimality(factual: np.ndarray, counterfactual: np.ndarray, touched: np.ndarray) -> Minimality:
