@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from cradle_pyro.inference.checkpoint import load
     from cradle_pyro.inference.posterior import Posterior
     from cradle_pyro.inference.train import fit
-    from cradle_pyro.queries.effects import average_effect
+    from cradle_pyro.queries.calls import sign_calls
+    from cradle_pyro.queries.counterfactual import cell_effect, counterfactual
+    from cradle_pyro.queries.effects import average_effect, compare, effects, interaction
+    from cradle_pyro.queries.interventions import do
     from cradle_pyro.queries.latent import latent
+    from cradle_pyro.queries.worlds import intervene
     from cradle_pyro.simulate.corrupt import corrupt
     from cradle_pyro.simulate.perturbseq import simulate_perturbseq
     from cradle_pyro.types import Batch, Schema
@@ -35,14 +39,22 @@ _HOMES = {
     "Schema": "types",
     "annotate_artifacts": "data.qc",
     "average_effect": "queries.effects",
+    "cell_effect": "queries.counterfactual",
+    "compare": "queries.effects",
     "confounding_report": "data.confounding",
     "corrupt": "simulate.corrupt",
+    "counterfactual": "queries.counterfactual",
+    "do": "queries.interventions",
+    "effects": "queries.effects",
     "evaluate": "evaluation.evaluate",
     "fit": "inference.train",
+    "interaction": "queries.effects",
+    "intervene": "queries.worlds",
     "latent": "queries.latent",
     "load": "inference.checkpoint",
     "prepare": "data.prepare",
     "read_public": "data.public",
+    "sign_calls": "queries.calls",
     "simulate_perturbseq": "simulate.perturbseq",
 }
 
@@ -55,14 +67,22 @@ __all__ = [
     "__version__",
     "annotate_artifacts",
     "average_effect",
+    "cell_effect",
+    "compare",
     "confounding_report",
     "corrupt",
+    "counterfactual",
+    "do",
+    "effects",
     "evaluate",
     "fit",
+    "interaction",
+    "intervene",
     "latent",
     "load",
     "prepare",
     "read_public",
+    "sign_calls",
     "simulate_perturbseq",
 ]
 

@@ -284,8 +284,8 @@ def control_effectiveness(
             "learn from. Give more real cells."
         )
     sizes = [result.n for result in found]
-    *means, _ = np.average(np.array(found), axis=0, weights=sizes).tolist()
-    return Effectiveness(*means, n=sum(sizes))
+    means = np.average(np.array(found), axis=0, weights=sizes)
+    return Effectiveness._make([*means[:-1].tolist(), sum(sizes)])
 
 
 def minimality(factual: np.ndarray, counterfactual: np.ndarray, touched: np.ndarray) -> Minimality:

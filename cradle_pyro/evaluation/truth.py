@@ -9,7 +9,8 @@ import numpy as np
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.evaluation.metrics import rmse
 from cradle_pyro.inference.posterior import Posterior
-from cradle_pyro.queries.profiles import expected_rate
+from cradle_pyro.queries.counterfactual import counterfactual
+from cradle_pyro.queries.interventions import do
 from cradle_pyro.types import SCALE
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def profile_errors(
         return {"n_cells": 0}
     cells = data.subset(failing)
     target = _log_profile(truth.rate[failing])
-    cleaned = expected_rate(posterior, cells, artifact=0.0, draws=draws, seed=seed)
+    clean = counterfactual(posterior, cells, do(artifact=0), draws=draws, count_draws=0, seed=seed)
+    cleaned = clean.layers["rate"]
     raw = cells.rows(slice(None)).toarray() / cells.library[:, None]
     train = data.where(split="train")
     errors = {

@@ -39,7 +39,7 @@ __all__ = [
     "save",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _CONFIG, _MANIFEST = "config.toml", "manifest.json"
 _WEIGHTS, _HISTORY = "model.safetensors", "history.csv"
 _VERSIONS = ("cradle-pyro", "torch", "pyro-ppl", "anndata", "scanpy", "numpy", "lightning")
@@ -120,6 +120,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> Posterior:
             reference=ReferenceCells(**_section(tensors, "reference")),
             history=pd.DataFrame() if history is None else history,
             labels=pd.DataFrame(manifest["labels"]),
+            failing_artifacts=_section(tensors, "failing")["artifacts"],
             facts=manifest["facts"],
         )
     except (KeyError, TypeError, RuntimeError) as error:
@@ -134,6 +135,7 @@ def _tensors(posterior: Posterior) -> dict[str, Tensor]:
         "model": posterior.model.state_dict(),
         "guide": posterior.guide.state_dict(),
         "reference": posterior.reference._asdict(),
+        "failing": {"artifacts": posterior.failing_artifacts},
         "statistics": {
             name: value
             for name, value in posterior.statistics._asdict().items()
@@ -194,6 +196,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"'{path}' has format {version}; this version of cradle-pyro reads up to "
                 f"{FORMAT_VERSION}. Update cradle-pyro."
+            )
+        if version < FORMAT_VERSION:
+            raise CheckpointError(
+                f"'{path}' has format {version}, of an earlier version that kept less of a run "
+                f"than queries need (format {FORMAT_VERSION}). Train it again."
             )
         expected = manifest["weights_sha256"]
         found = _sha256(path / _WEIGHTS)

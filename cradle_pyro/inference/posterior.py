@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from pyro import poutine
@@ -21,7 +22,15 @@ from cradle_pyro.model.guides import CradleGuide
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch, Schema, Statistics
 
-__all__ = ["Posterior", "ReferenceCells", "build_pair", "draw_latents", "reference_cells"]
+__all__ = [
+    "Posterior",
+    "ReferenceCells",
+    "build_pair",
+    "draw_latents",
+    "failing_artifacts",
+    "flag_column",
+    "reference_cells",
+]
 
 _MOST_REFERENCE_CELLS = 5000
 
@@ -66,9 +75,13 @@ class Posterior:
         One row per epoch, every term of the loss in nats per cell.
     labels
         Label to the number of cells in each split, held-out labels included: columns label, train,
-        val, test.
+        val, test; and, for every artifact flag, the number of training cells that carry it
+        (see :func:`flag_column`).
+    failing_artifacts
+        Flags of up to 5,000 failing training cells, shape (cells, artifacts): what "typical"
+        artifacts are.
     facts
-        Fingerprint and path of the data, seed, package versions.
+        Fingerprint and path of the data, seed, QC thresholds, dosages, package versions.
     """
 
     model: Cradle
@@ -79,12 +92,14 @@ class Posterior:
     reference: ReferenceCells
     history: pd.DataFrame
     labels: pd.DataFrame
+    failing_artifacts: Tensor
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
-        """Where the pair lives."""
-        return next(self.model.parameters()).device
+        """Where the pair lives; the CPU, if an edited model has no parameters of its own."""
+        parameters = getattr(self.model, "parameters", lambda: iter(()))()
+        return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
     def save(self, path: str | Path) -> Path:
         """Write a run directory atomically and return its path; ``cradle_pyro.load`` reads it.
@@ -99,6 +114,17 @@ class Posterior:
         return save(self, path)
 
 
+def flag_column(flag: str) -> str:
+    """Return the column of `Posterior.labels` that counts training cells with an artifact flag.
+
+    Examples
+    --------
+    >>> flag_column("high_mito")
+    'train with high_mito'
+    """
+    return f"train with {flag}"
+
+
 def build_pair(
     schema: Schema, config: Config, statistics: Statistics, *, seed: int
 ) -> tuple[Cradle, CradleGuide]:
@@ -108,7 +134,7 @@ def build_pair(
         return model, CradleGuide(model, config.guide, statistics)
 
 
-def draw_latents(guide: CradleGuide, batch: Batch) -> dict[str, Tensor]:
+def draw_latents(guide: Callable[[Batch], object], batch: Batch) -> dict[str, Tensor]:
     """Return one draw of every latent site from the guide, given the cells of `batch`."""
     with torch.no_grad():
         trace = poutine.trace(guide).get_trace(batch)
@@ -117,6 +143,13 @@ def draw_latents(guide: CradleGuide, batch: Batch) -> dict[str, Tensor]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site_is_subsample(site)
     }
+
+
+def failing_artifacts(train: CellData, *, seed: int) -> Tensor:
+    """Return the flags of up to 5,000 failing training cells, shape (cells, artifacts)."""
+    rows = np.flatnonzero(train.failing & train.artifact_observed)
+    rows = np.random.default_rng(seed).permutation(rows)[:_MOST_REFERENCE_CELLS]
+    return torch.as_tensor(train.artifact[np.sort(rows)])
 
 
 def reference_cells(

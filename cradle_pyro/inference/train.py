@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,13 @@ from cradle_pyro.data.prepare import assign_split
 from cradle_pyro.data.statistics import raw_effects, training_statistics
 from cradle_pyro.errors import ConfigError, DataError
 from cradle_pyro.inference.objectives import CradleELBO, FlipPool
-from cradle_pyro.inference.posterior import Posterior, build_pair, reference_cells
+from cradle_pyro.inference.posterior import (
+    Posterior,
+    build_pair,
+    failing_artifacts,
+    flag_column,
+    reference_cells,
+)
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch
 
@@ -109,7 +116,12 @@ def fit(
         reference=reference_cells(guide, train, seed=config.train.seed),
         history=history,
         labels=_label_table(data),
-        facts={"fingerprint": data.fingerprint, "seed": config.train.seed},
+        failing_artifacts=failing_artifacts(train, seed=config.train.seed),
+        facts={
+            "fingerprint": data.fingerprint,
+            "seed": config.train.seed,
+            "dosages": _dosages(train),
+        },
     )
 
 
@@ -145,7 +157,23 @@ def _check(data: CellData, config: Config) -> None:
 def _label_table(data: CellData) -> pd.DataFrame:
     table = pd.crosstab(data.labels, np.asarray(data.split))
     table = table.reindex(columns=["train", "val", "test"], fill_value=0)
+    train = data.where(split="train")
+    for column, flag in enumerate(data.schema.artifacts):
+        carriers = pd.Series(train.labels[train.artifact[:, column] > 0]).value_counts()
+        table[flag_column(flag)] = carriers.reindex(table.index, fill_value=0)
     return table.rename_axis("label").rename_axis(None, axis=1).reset_index()
+
+
+def _dosages(train: CellData) -> dict[str, list[float]]:
+    """Return the least and largest dosage of each trained perturbation, where one is not 1."""
+    columns = train.perturbation.tocsc()
+    parts = (columns.data[a:b] for a, b in pairwise(columns.indptr))
+    ranges = {
+        name: [float(part.min()), float(part.max())]
+        for name, part in zip(train.schema.perturbations, parts, strict=True)
+        if len(part)
+    }
+    return {name: ends for name, ends in ranges.items() if ends != [1.0, 1.0]}
 
 
 class CellBatches(Dataset):

@@ -1,4 +1,4 @@
-"""Running a model in another world: given latents, under interventions on named sites."""
+"""Running a model in another world: given latents and noise, under interventions on named sites."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from cradle_pyro.types import Batch
+
+from .noise import AbstractNoise, WithNoise
 
 __all__ = ["run_world"]
 
@@ -18,6 +21,7 @@ def run_world(
     batch: Batch,
     latents: Mapping[str, Tensor],
     interventions: Mapping[str, Tensor],
+    noise: Mapping[str, AbstractNoise] | None = None,
 ) -> dict[str, Tensor]:
     """Return the values of all sites of `model` with `latents` fixed and `interventions` done.
 
@@ -27,12 +31,15 @@ def run_world(
         Any Pyro callable on a batch, edited or not; it is transformed, never changed.
     batch
         Gives shapes and covariates. Sites that the model observes are sampled anew unless they
-        are among `latents` or `interventions`.
+        are among `latents`, `interventions` or `noise`.
     latents
         Values of latent sites, for example draws from the guide.
     interventions
         Values of intervened sites, of full shape (cells, ...): one mapping, since nested ``do``
         on one site recurses without end in Pyro.
+    noise
+        Noise of observed sites, abducted in the factual world: such a site has the value that
+        this noise gives it under the distribution it meets in this one.
 
     Returns
     -------
@@ -44,12 +51,15 @@ def run_world(
     KeyError
         If an intervened name is no site of the model, which Pyro would ignore.
     """
-    world = poutine.do(
-        poutine.condition(poutine.uncondition(model), data=dict(latents)), data=dict(interventions)
-    )
+    world = poutine.condition(poutine.uncondition(model), data=dict(latents))
+    world = WithNoise(noise or {})(world)
     with torch.no_grad():
-        trace = poutine.trace(world).get_trace(batch)
-    values = {name: node["value"] for name, node in trace.nodes.items() if node["type"] == "sample"}
+        trace = poutine.trace(poutine.do(world, data=dict(interventions))).get_trace(batch)
+    values = {
+        name: node["value"]
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not site_is_subsample(node)
+    }
     unknown = set(interventions) - set(values)
     if unknown:
         raise KeyError(f"No such site to intervene on: {sorted(unknown)}; found {sorted(values)}.")

@@ -1,10 +1,13 @@
-"""Average effects: intervened against control, over abducted control cells, with common draws."""
+"""Effects of interventions on populations of cells: average, by group, and of pairs.
+
+Both worlds of an effect are asked about with the same posterior draws and the same cells (common
+random numbers). Draws of the globals give the interval; cells are averaged over within a draw.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,27 +16,62 @@ from torch import Tensor
 
 from cradle_pyro import sites
 from cradle_pyro.errors import QueryError, near, shown
-from cradle_pyro.inference.posterior import Posterior, draw_latents
-from cradle_pyro.model.intervene import run_world
-from cradle_pyro.model.likelihoods import NormalLikelihood
+from cradle_pyro.inference.posterior import Posterior
+from cradle_pyro.queries.abduction import Abduction, predict
+from cradle_pyro.queries.calls import s_values
+from cradle_pyro.queries.counterfactual import query_cells, query_record
+from cradle_pyro.queries.draws import Part, over_draws, reference_draw, seed_of
+from cradle_pyro.queries.interventions import (
+    CheckedIntervention,
+    Intervention,
+    check,
+    do,
+    label_design,
+)
+from cradle_pyro.queries.progress import progress_bar
+from cradle_pyro.queries.scale import is_log_normalised, log2_expression
+from cradle_pyro.queries.support import support_notes
 from cradle_pyro.seeding import seeded
-from cradle_pyro.types import Batch, Schema
+from cradle_pyro.types import Schema
 
-__all__ = ["average_effect", "effect_draws", "generated_effects", "label_designs"]
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from cradle_pyro.data.dataset import CellData
+
+__all__ = [
+    "average_effect",
+    "compare",
+    "effect_draws",
+    "effects",
+    "generated_effects",
+    "interaction",
+]
+
+Kind = Literal["direct", "total"]
+Scale = Literal["rate", "counts"]
 
 _INTERVAL = (0.025, 0.975)
-_MOST_DRAWS = 1_000_003
+_ENTRIES_AT_A_TIME = 20_000_000
+_SCALES = {
+    "rate": "difference of log2(1 + 1e4 rate)",
+    "counts": "difference of log2(1 + 1e4 counts / library)",
+}
 
 
 def average_effect(
     posterior: Posterior,
     perturbation: str,
     *,
+    kind: Kind = "direct",
+    scale: Scale = "rate",
+    cells: AnnData | CellData | None = None,
+    by: str | None = None,
     draws: int = 100,
     n_cells: int = 100,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return the average effect of a perturbation on every gene, with uncertainty.
+    """Return the average effect of a perturbation on every gene against control (ATE, CATE).
 
     Parameters
     ----------
@@ -41,38 +79,251 @@ def average_effect(
         A fitted pair.
     perturbation
         A label, for example "KLF1" or "KLF1+CEBPA"; the combination need not have been trained.
+    kind
+        "direct": artifact = 0 in both worlds. "total": flags follow the perturbation, as failing
+        cells are part of what it does.
+    scale, cells, by, draws, n_cells, seed
+        As in :func:`compare`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As in :func:`compare`.
+
+    Raises
+    ------
+    QueryError
+        If the model does not know one of the perturbations, or as in :func:`compare`.
+    """
+    schema = posterior.schema
+    label_design(schema, perturbation)
+    first, second = (_world(schema, label, kind) for label in (perturbation, schema.control))
+    return compare(
+        posterior, first, second, scale=scale, cells=cells, by=by, draws=draws, n_cells=n_cells,
+        seed=seed,
+    )  # fmt: skip
+
+
+def compare(
+    posterior: Posterior,
+    first: Intervention,
+    second: Intervention,
+    *,
+    scale: Scale = "rate",
+    cells: AnnData | CellData | None = None,
+    by: str | None = None,
+    draws: int = 100,
+    n_cells: int = 100,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return the average difference between two interventions on every gene, with uncertainty.
+
+    Parameters
+    ----------
+    posterior
+        A fitted pair.
+    first, second
+        The two worlds; effects are `first` minus `second`.
+    scale
+        "rate": log2(1 + 1e4 rate), the expected fraction of the library. "counts": the same of
+        generated counts over their library, for comparison with observed cells; its interval
+        includes the count noise of `n_cells` cells.
+    cells
+        Average over these cells, abducted; by default over abducted training controls.
+    by
+        Column of ``cells.obs``: one effect for each of its values (CATE).
     draws
-        Posterior draws of the global latents.
+        Posterior draws.
     n_cells
-        Abducted control cells per draw.
+        Cells per draw; of `cells`, at most so many of each group, chosen once.
     seed
         Seed of the draws.
 
     Returns
     -------
     pandas.DataFrame
-        Columns gene, mean, sd, ci_low, ci_high (95 %), lfsr (local false sign rate). Effects are
-        E[log2(1 + 1e4 rate)] under do(perturbation, artifact=0) minus that under
-        do(control, artifact=0): a direct effect, since the artifact descends from the perturbation.
+        Columns gene, mean, sd, ci_low, ci_high (95 %), lfsr (local false sign rate: the posterior
+        probability that the sign is not that of most draws), out_of_support (see
+        ``attrs["cradle_query"]``); first a column `by`, if given. ``attrs["cradle_query"]``
+        records the query.
+
+    Raises
+    ------
+    QueryError
+        If an intervention names something that the model does not have, `scale` is unknown, or
+        `by` is not a column of the cells.
+    DataError
+        If the cells do not fit the model.
+    """
+    checked, base = check(posterior, first), check(posterior, second)
+    _check_scale(posterior, scale)
+    groups = _groups(posterior, cells, by, n_cells, seed)
+    values = _contrasts(
+        posterior, [checked], base, groups=groups, scale=scale, draws=draws, n_cells=n_cells,
+        seed=seed,
+    )[:, 0]  # fmt: skip
+    labels = None if groups is None else groups.data.labels
+    notes = support_notes(posterior, checked, labels)
+    record = query_record(
+        posterior, checked, notes, reference=str(second), scale=_SCALES[scale], draws=draws,
+        n_cells=n_cells, seed=seed,
+    )  # fmt: skip
+    tables = [
+        _table(posterior.schema.genes, values[:, column]) for column in range(values.shape[1])
+    ]
+    for table in tables:
+        table["out_of_support"] = bool(record["out_of_support"])
+    if by is not None and groups is not None:
+        for table, name in zip(tables, groups.names, strict=True):
+            table.insert(0, by, name)
+    result = pd.concat(tables, ignore_index=True)
+    result.attrs["cradle_query"] = record
+    return result
+
+
+def interaction(
+    posterior: Posterior,
+    pair: str,
+    *,
+    kind: Kind = "direct",
+    draws: int = 100,
+    n_cells: int = 100,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Return what a combination does beyond the sum of its members, on every gene.
+
+    Parameters
+    ----------
+    posterior
+        A fitted pair.
+    pair
+        A label of two or more perturbations.
+    kind, draws, n_cells, seed
+        As in :func:`average_effect`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As in :func:`compare`, of effect(A+B) - effect(A) - effect(B), on the log2 scale.
+
+    Raises
+    ------
+    QueryError
+        If the model does not know one of the perturbations, or the label names a single one.
+
+    Notes
+    -----
+    The model adds perturbations in latent state and in log-rates. What it can say of an
+    interaction comes from the decoder, the cell's response and the scale (log2(1 + 1e4 rate)
+    bends near zero), not from a term of its own for the pair.
+    """
+    schema = posterior.schema
+    row = label_design(schema, pair)
+    members = [name for name, on in zip(schema.perturbations, row.tolist(), strict=True) if on]
+    if len(members) < 2:
+        raise QueryError(f"An interaction needs two or more perturbations, found '{pair}'.")
+    worlds = [check(posterior, _world(schema, label, kind)) for label in (pair, *members)]
+    base = check(posterior, _world(schema, schema.control, kind))
+    values = _contrasts(
+        posterior, worlds, base, groups=None, scale="rate", draws=draws, n_cells=n_cells, seed=seed
+    )[:, :, 0]
+    result = _table(schema.genes, values[:, 0] - values[:, 1:].sum(1))
+    notes = support_notes(posterior, worlds[0])
+    record = query_record(
+        posterior, worlds[0], notes, reference=f"sum of {' and '.join(members)}",
+        scale=_SCALES["rate"], draws=draws, n_cells=n_cells, seed=seed,
+    )  # fmt: skip
+    result["out_of_support"] = bool(record["out_of_support"])
+    result.attrs["cradle_query"] = record
+    return result
+
+
+def effects(
+    posterior: Posterior,
+    labels: Sequence[str] | None = None,
+    *,
+    kind: Kind = "direct",
+    scale: Scale = "rate",
+    draws: int = 100,
+    n_cells: int = 100,
+    seed: int = 0,
+    progress: bool = False,
+) -> AnnData:
+    """Return the average effects of many perturbations on all genes, as one AnnData.
+
+    Parameters
+    ----------
+    posterior
+        A fitted pair.
+    labels
+        Perturbation labels; by default all single perturbations and all labels of the screen, held
+        out or not.
+    kind, scale, draws, n_cells, seed
+        As in :func:`average_effect`; every label is answered with the same numbers as there.
+    progress
+        Show a progress bar.
+
+    Returns
+    -------
+    AnnData
+        Perturbations x genes. ``X``: mean effects; layers ``sd``, ``ci_low``, ``ci_high``,
+        ``lfsr`` and ``s_value`` (expected false sign rate of calling an entry and all surer ones,
+        over the whole table). ``obs``: ``n_train`` cells, ``out_of_support`` and ``support`` (in
+        words). ``uns["cradle_query"]`` records the query.
 
     Raises
     ------
     QueryError
         If the model does not know one of the perturbations.
     """
-    values = effect_draws(posterior, [perturbation], draws=draws, n_cells=n_cells, seed=seed)[:, 0]
-    low, high = np.quantile(values, _INTERVAL, axis=0)
-    sign_rate = np.minimum((values <= 0).mean(0), (values >= 0).mean(0))
-    return pd.DataFrame(
+    from anndata import AnnData
+
+    schema = posterior.schema
+    _check_scale(posterior, scale)
+    labels = _all_labels(posterior) if labels is None else list(labels)
+    if len(set(labels)) < len(labels) or not labels:
+        raise QueryError(f"Expected different labels, at least one; found {shown(labels)}.")
+    worlds = [check(posterior, _world(schema, label, kind)) for label in labels]
+    base = check(posterior, _world(schema, schema.control, kind))
+    block = max(_ENTRIES_AT_A_TIME // (draws * schema.n_genes), 1)
+    tables = []
+    blocks = range(0, len(worlds), block)
+    with progress_bar("Effects", len(blocks) * draws, show=progress) as advance:
+        for start in blocks:
+            values = _contrasts(
+                posterior, worlds[start : start + block], base, groups=None, scale=scale,
+                draws=draws, n_cells=n_cells, seed=seed, advance=advance,
+            )[:, :, 0]  # fmt: skip
+            tables += [_table(schema.genes, values[:, k]) for k in range(values.shape[1])]
+    notes = {
+        label: support_notes(posterior, one) for label, one in zip(labels, worlds, strict=True)
+    }
+    sentences = ["; ".join(s for part in notes[label].values() for s in part) for label in labels]
+    n_train = posterior.labels.set_index("label")["train"].reindex(labels, fill_value=0)
+    obs = pd.DataFrame(
         {
-            "gene": posterior.schema.genes,
-            "mean": values.mean(0),
-            "sd": values.std(0, ddof=1) if draws > 1 else 0.0,
-            "ci_low": low,
-            "ci_high": high,
-            "lfsr": sign_rate,
-        }
+            "n_train": n_train.to_numpy(),
+            "out_of_support": [bool(text) for text in sentences],
+            "support": sentences,
+        },
+        index=pd.Index(labels, name="perturbation"),
     )
+    stacked = {
+        name: np.stack([table[name].to_numpy(np.float32) for table in tables])
+        for name in ("mean", "sd", "ci_low", "ci_high", "lfsr")
+    }
+    layers = {name: stacked[name] for name in ("sd", "ci_low", "ci_high", "lfsr")}
+    layers["s_value"] = s_values(stacked["lfsr"]).astype(np.float32)
+    record = query_record(
+        posterior, base, {}, kind=kind, scale=_SCALES[scale], draws=draws, n_cells=n_cells,
+        seed=seed,
+    )  # fmt: skip
+    record["reference"] = record.pop("intervention")
+    record["out_of_support"] = [
+        label for label, text in zip(labels, sentences, strict=True) if text
+    ]
+    var = pd.DataFrame(index=pd.Index(schema.genes, name="gene"))
+    return AnnData(stacked["mean"], obs=obs, var=var, layers=layers, uns={"cradle_query": record})
 
 
 def effect_draws(
@@ -83,29 +334,22 @@ def effect_draws(
     n_cells: int = 100,
     seed: int = 0,
 ) -> np.ndarray:
-    """Return posterior draws of average effects, shape (draws, labels, genes), log2 scale.
+    """Return posterior draws of direct average effects, shape (draws, labels, genes), log2 scale.
 
-    Every draw takes its globals from the guide and `n_cells` control cells with their basal states
-    from q(z_basal); all labels share both (common random numbers), so that labels asked about
-    together or one by one are answered with the same numbers.
+    All labels share the draws, so that labels asked about together or one by one are answered with
+    the same numbers.
 
     Raises
     ------
     QueryError
         If the model does not know one of the perturbations.
     """
-    designs = label_designs(posterior.schema, labels)
-    means = np.empty((draws, len(labels), posterior.schema.n_genes), dtype=np.float32)
-    expression = posterior.model.likelihood.log2_expression
-    for draw in range(draws):
-        with _seeded_draw(seed, draw):
-            batch, latents = _reference_draw(posterior, n_cells)
-            base = expression(_rate(posterior, batch, latents)).mean(0)
-            for column, design in enumerate(designs):
-                world = batch.replace(perturbation=design.expand_as(batch.perturbation))
-                effect = expression(_rate(posterior, world, latents)).mean(0) - base
-                means[draw, column] = effect.cpu()
-    return means
+    schema = posterior.schema
+    worlds = [check(posterior, _world(schema, label, "direct")) for label in labels]
+    base = check(posterior, _world(schema, schema.control, "direct"))
+    return _contrasts(
+        posterior, worlds, base, groups=None, scale="rate", draws=draws, n_cells=n_cells, seed=seed
+    )[:, :, 0]
 
 
 def generated_effects(
@@ -139,86 +383,157 @@ def generated_effects(
     draws, n_cells, seed
         As in :func:`effect_draws`.
     """
-    designs = label_designs(posterior.schema, labels)
-    rng = np.random.default_rng(seed)
-    totals = np.zeros((len(labels) + 1, posterior.schema.n_genes))
-    worlds = [(torch.zeros_like(designs[:1]), control_library)]
-    worlds += [(design, library) for design, library in zip(designs, libraries, strict=True)]
-    likelihood = posterior.model.likelihood
-    expression = likelihood.log2_expression
+    schema = posterior.schema
+    totals = np.zeros((len(labels) + 1, schema.n_genes))
+    worlds = list(zip([schema.control, *labels], [control_library, *libraries], strict=True))
+    checked = [check(posterior, _world(schema, label, "direct")) for label, _ in worlds]
     for draw in range(draws):
-        with _seeded_draw(seed, draw), torch.no_grad():
-            batch, latents = _reference_draw(posterior, n_cells)
-            for row, (design, library) in enumerate(worlds):
-                depth = torch.as_tensor(rng.choice(library, len(batch)), dtype=torch.float32)
-                depth = depth.to(posterior.device)
-                design = design.expand_as(batch.perturbation)
-                world = batch.replace(perturbation=design, library=depth)
-                fraction = likelihood(_rate(posterior, world, latents), depth).sample()
-                if not isinstance(likelihood, NormalLikelihood):
-                    fraction = fraction / depth.unsqueeze(-1)
-                values = expression(fraction) if functional == "mean_log" else fraction
-                totals[row] += values.mean(0).cpu().numpy() / draws
+        for row, ((_, library), one) in enumerate(zip(worlds, checked, strict=True)):
+            # The same cells and globals in every world; libraries and count noise are its own.
+            with seeded(seed_of(seed, draw)):
+                cells = reference_draw(posterior, n_cells)
+            with seeded(seed_of(seed, draw, row)):
+                chosen = torch.as_tensor(library, dtype=torch.float32)
+                depth = chosen[torch.randint(len(chosen), (n_cells,))].to(posterior.device)
+                acts = one.acts(cells.batch, cells.values) | {sites.LIBRARY: depth}
+                free = {k: v for k, v in cells.latents.items() if k != sites.COUNTS}
+                world = predict(posterior.model, cells._replace(latents=free), acts)
+            fraction = _fraction(posterior, world)
+            values = log2_expression(posterior, fraction) if functional == "mean_log" else fraction
+            totals[row] += values.mean(0).cpu().numpy() / draws
     if functional == "log_mean":
-        totals = expression(torch.as_tensor(totals)).numpy()
+        totals = log2_expression(posterior, torch.as_tensor(totals)).numpy()
     return totals[1:] - totals[:1]
 
 
-def label_designs(schema: Schema, labels: Sequence[str]) -> Tensor:
-    """Return the design row of each label, shape (labels, perturbations).
+class _Groups:
+    """The cells to average over, and which of them form a group."""
 
-    Raises
-    ------
-    QueryError
-        If a label names a perturbation the schema lacks.
-    """
-    position = {name: index for index, name in enumerate(schema.perturbations)}
-    designs = torch.zeros(len(labels), schema.n_perturbations)
-    for row, label in enumerate(labels):
-        for name in (part.strip() for part in label.split(schema.delimiter)):
-            if name == schema.control:
-                continue
-            if name not in position:
-                raise QueryError(
-                    f"The model knows no perturbation '{name}' (in '{label}')"
-                    f"{near(name, schema.perturbations)}. Known: {shown(schema.perturbations)}."
+    def __init__(self, data: CellData, codes: np.ndarray, names: list[str]) -> None:
+        self.data = data
+        self.codes = codes
+        self.names = names
+
+
+def _groups(
+    posterior: Posterior, cells: AnnData | CellData | None, by: str | None, n_cells: int, seed: int
+) -> _Groups | None:
+    if cells is None:
+        if by is not None:
+            raise QueryError(f"by={by!r} groups cells: give them, cells=adata.")
+        return None
+    data = query_cells(posterior, cells)
+    names, codes = ["all"], np.zeros(data.n_cells, dtype=np.int64)
+    if by is not None:
+        columns = {} if data is cells else cells.obs  # type: ignore[union-attr]
+        if by not in columns:
+            raise QueryError(
+                f"by={by!r} is not a column of the cells{near(by, list(columns))}. Found "
+                f"{shown(columns, 12) or 'none: give an AnnData'}."
+            )
+        column = columns[by].astype(str)
+        found, codes = np.unique(column.to_numpy(dtype=str), return_inverse=True)
+        names = found.tolist()
+    rng = np.random.default_rng(seed)
+    chosen = [
+        rng.permutation(np.flatnonzero(codes == code))[:n_cells] for code in range(len(names))
+    ]
+    rows = np.sort(np.concatenate(chosen))
+    return _Groups(data.subset(rows), codes[rows], names)
+
+
+def _contrasts(
+    posterior: Posterior,
+    worlds: Sequence[CheckedIntervention],
+    base: CheckedIntervention,
+    *,
+    groups: _Groups | None,
+    scale: Scale,
+    draws: int,
+    n_cells: int,
+    seed: int,
+    advance: Callable[[], object] = lambda: None,
+) -> np.ndarray:
+    """Return draws of mean differences to `base`, shape (draws, worlds, groups, genes)."""
+    if draws < 1 or n_cells < 1:
+        raise QueryError(f"Expected draws >= 1 and n_cells >= 1, found {draws} and {n_cells}.")
+    n_groups = 1 if groups is None else len(groups.names)
+    shape = (draws, len(worlds), n_groups, posterior.schema.n_genes)
+    totals = np.zeros(shape, dtype=np.float32)
+
+    def add(abduction: Abduction, draw: int, codes: np.ndarray, sizes: np.ndarray) -> None:
+        reference = _expression(posterior, abduction, base, scale)
+        share = torch.zeros(n_groups, len(codes), device=reference.device)
+        share[codes, np.arange(len(codes))] = torch.as_tensor(1 / sizes[codes]).to(share)
+        for column, world in enumerate(worlds):
+            change = _expression(posterior, abduction, world, scale) - reference
+            totals[draw, column] += (share @ change).cpu().numpy()
+
+    if groups is None:
+        artifacts = any(one.flags is None for one in (*worlds, base))
+        codes, sizes = np.zeros(n_cells, dtype=np.int64), np.array([n_cells])
+        for draw in range(draws):
+            with seeded(seed_of(seed, draw)):
+                cells = reference_draw(
+                    posterior, n_cells, artifacts=artifacts, counts=scale == "counts"
                 )
-            designs[row, position[name]] = 1.0
-    return designs
+                add(cells, draw, codes, sizes)
+            advance()
+        return totals
+    sizes = np.bincount(groups.codes, minlength=n_groups)
+
+    def use(part: Part) -> None:
+        add(part.abduction, part.draw, groups.codes[part.rows], sizes)
+
+    over_draws(
+        posterior, groups.data, use, draws=draws, counts=draws if scale == "counts" else 0,
+        seed=seed,
+    )  # fmt: skip
+    return totals
 
 
-def _seeded_draw(seed: int, draw: int) -> AbstractContextManager[None]:
-    """Return a context whose random numbers depend on `seed` and `draw` alone."""
-    return seeded(seed * _MOST_DRAWS + draw)
+def _expression(
+    posterior: Posterior, abduction: Abduction, checked: CheckedIntervention, scale: Scale
+) -> Tensor:
+    world = predict(posterior.model, abduction, checked.acts(abduction.batch, abduction.values))
+    value = world[sites.RATE] if scale == "rate" else _fraction(posterior, world)
+    return log2_expression(posterior, value)
 
 
-def _reference_draw(posterior: Posterior, n_cells: int) -> tuple[Batch, dict[str, Tensor]]:
-    """Return control cells without artifact, with draws of their basal states and the globals."""
-    reference, schema, device = posterior.reference, posterior.schema, posterior.device
-    n_reference = len(reference.library)
-    size = min(n_cells, n_reference)
-    rows = torch.randperm(n_reference)[:size]
-    batch = Batch(
-        counts=torch.zeros(size, schema.n_genes),
-        perturbation=torch.zeros(size, schema.n_perturbations),
-        artifact=torch.zeros(size, schema.n_artifacts),
-        library=reference.library[rows],
-        covariates=reference.covariates[rows],
-    ).to(device)
-    latents = draw_latents(posterior.guide, batch)
-    z_basal = torch.normal(reference.loc[rows], reference.scale[rows])
-    return batch, latents | {sites.Z_BASAL: z_basal.to(device)}
+def _fraction(posterior: Posterior, world: dict[str, Tensor]) -> Tensor:
+    """Return generated counts over their library (log-normalised values as they are)."""
+    if is_log_normalised(posterior):
+        return world[sites.COUNTS]
+    return world[sites.COUNTS] / world[sites.LIBRARY].unsqueeze(-1)
 
 
-def _rate(posterior: Posterior, batch: Batch, latents: dict[str, Tensor]) -> Tensor:
-    world = run_world(
-        posterior.model,
-        batch,
-        latents | {sites.COUNTS: batch.counts},
-        {
-            sites.PERTURBATION: batch.perturbation,
-            sites.ARTIFACT: batch.artifact,
-            sites.LIBRARY: batch.library,
-        },
-    )
-    return world[sites.RATE]
+def _world(schema: Schema, label: str, kind: Kind) -> Intervention:
+    if kind not in ("direct", "total"):
+        raise QueryError(f"kind is 'direct' or 'total', found {kind!r}.")
+    return do(perturbation=label, artifact=0 if kind == "direct" else None)
+
+
+def _check_scale(posterior: Posterior, scale: str) -> None:
+    if scale not in _SCALES:
+        raise QueryError(f"scale is {shown(_SCALES)}, found {scale!r}{near(scale, list(_SCALES))}.")
+
+
+def _all_labels(posterior: Posterior) -> list[str]:
+    schema = posterior.schema
+    others = [str(label) for label in posterior.labels["label"]]
+    known = {*schema.perturbations, schema.control}
+    return [*schema.perturbations, *(label for label in others if label not in known)]
+
+
+def _table(genes: Sequence[str], values: np.ndarray) -> pd.DataFrame:
+    """Return the summary of draws, shape (draws, genes)."""
+    low, high = np.quantile(values, _INTERVAL, axis=0)
+    summary: dict[str, Any] = {
+        "gene": genes,
+        "mean": values.mean(0),
+        "sd": values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1]),
+        "ci_low": low,
+        "ci_high": high,
+        "lfsr": np.minimum((values <= 0).mean(0), (values >= 0).mean(0)),
+    }
+    return pd.DataFrame(summary)

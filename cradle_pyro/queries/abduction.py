@@ -1,0 +1,132 @@
+"""Abduction, action, prediction: the three steps of every counterfactual, on batches.
+
+References
+----------
+Pearl, "Causality", 2nd edition 2009, section 7.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from cradle_pyro import sites
+from cradle_pyro.inference.objectives import with_imputed_flags
+from cradle_pyro.inference.posterior import draw_latents
+from cradle_pyro.model.intervene import run_world
+from cradle_pyro.model.noise import AbstractNoise, abduct_noise
+from cradle_pyro.types import Batch
+
+__all__ = ["Abduction", "abduct", "hold_noise", "predict"]
+
+PyroCallable = Callable[[Batch], object]
+
+
+class Abduction(NamedTuple):
+    """One posterior draw of everything that makes cells what they are.
+
+    Parameters
+    ----------
+    batch
+        The factual cells, with missing flags drawn.
+    latents
+        Site to value: global and local latents, and observed sites that are held.
+    noise
+        Observed site to its noise.
+    values
+        Site to its factual value, deterministic sites included.
+    """
+
+    batch: Batch
+    latents: dict[str, Tensor]
+    noise: dict[str, AbstractNoise]
+    values: dict[str, Tensor]
+
+
+def abduct(
+    model: PyroCallable,
+    guide: PyroCallable,
+    batch: Batch,
+    *,
+    counts: bool = True,
+    fresh_artifact: Tensor | None = None,
+) -> Abduction:
+    """Return one draw of latents and noise of the cells of `batch`, given what was observed.
+
+    Parameters
+    ----------
+    model, guide
+        The pair, edited or not, on the batch's device; run under the caller's random state.
+    batch
+        Observed cells.
+    counts
+        Abduct the noise of counts too; without, counts are held as observed, which is all that
+        queries of rates need.
+    fresh_artifact
+        Value of each flag where it is absent and may appear in another world, shape (cells,
+        artifacts); ones if omitted.
+
+    Raises
+    ------
+    QueryError
+        If the noise of an observed site cannot be abducted (see
+        :func:`~cradle_pyro.model.noise.abduct_noise`).
+
+    Notes
+    -----
+    Latents come from the guide. Latents of an edited model that its guide lacks come from their
+    priors, once, and are the same in every world. Noise that the observation leaves open (a count's
+    place in its quantile interval, a flag's uniform number) is drawn within its bounds.
+    """
+    latents = draw_latents(guide, batch)
+    batch = with_imputed_flags(batch, latents)
+    latents.pop(f"{sites.ARTIFACT}_unobserved", None)
+    return hold_noise(model, batch, latents, counts=counts, fresh_artifact=fresh_artifact)
+
+
+def hold_noise(
+    model: PyroCallable,
+    batch: Batch,
+    latents: Mapping[str, Tensor],
+    *,
+    counts: bool,
+    fresh_artifact: Tensor | None = None,
+) -> Abduction:
+    """Return the abduction of cells whose latents are known; arguments as in :func:`abduct`."""
+    with torch.no_grad():
+        factual = poutine.trace(poutine.condition(model, data=dict(latents))).get_trace(batch)
+    latents, noise, values = dict(latents), {}, {}
+    for name, node in factual.nodes.items():
+        if node["type"] != "sample" or site_is_subsample(node):
+            continue
+        values[name] = value = node["value"]
+        if node["infer"].get("_deterministic") or name in latents:
+            continue
+        if not node["is_observed"] or (name == sites.COUNTS and not counts):
+            latents[name] = value
+        else:
+            fresh = fresh_artifact if name == sites.ARTIFACT else None
+            noise[name] = abduct_noise(name, node["fn"], value, fresh=fresh)
+    return Abduction(batch, latents, noise, values)
+
+
+def predict(
+    model: PyroCallable, abduction: Abduction, acts: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the values of all sites in the world where `acts` are done, with the same noise.
+
+    Parameters
+    ----------
+    model
+        The model that the noise was abducted under.
+    abduction
+        Latents and noise of the factual cells.
+    acts
+        Site to its full-shape value. Without any, the world is the factual one, bit for bit.
+    """
+    return run_world(model, abduction.batch, abduction.latents, acts, abduction.noise)

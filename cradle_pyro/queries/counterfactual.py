@@ -1,0 +1,289 @@
+"""What single cells would have been: abduction, action and prediction for any number of cells."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from torch import Tensor
+
+from cradle_pyro import sites
+from cradle_pyro.data.dataset import CellData
+from cradle_pyro.data.prepare import cell_data
+from cradle_pyro.errors import QueryError
+from cradle_pyro.inference.posterior import Posterior
+from cradle_pyro.queries.abduction import Abduction, predict
+from cradle_pyro.queries.draws import Part, over_draws
+from cradle_pyro.queries.interventions import CheckedIntervention, Intervention, check, do
+from cradle_pyro.queries.scale import log2_expression
+from cradle_pyro.queries.support import support_notes
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["cell_effect", "counterfactual", "predict_rate", "query_cells", "query_record"]
+
+
+def counterfactual(
+    posterior: Posterior,
+    cells: AnnData | CellData,
+    intervention: Intervention,
+    *,
+    draws: int = 100,
+    count_draws: int = 1,
+    seed: int = 0,
+    progress: bool = False,
+    chunk: int | None = None,
+) -> AnnData:
+    """Return the same cells as they would have been under an intervention.
+
+    Parameters
+    ----------
+    posterior
+        A fitted pair.
+    cells
+        Cells with the columns the model was trained with, annotated; genes in any order. Or
+        CellData aligned to the model.
+    intervention
+        From :func:`~cradle_pyro.do`.
+    draws
+        Posterior draws that ``rate`` and ``rate_sd`` are made from.
+    count_draws
+        Of these draws, how many counterfactual counts are kept: layers ``counts``, ``counts_1``,
+        ``counts_2``, ...
+    seed
+        Seed of the draws. The same cells in the same order meet the same worlds and the same noise
+        in every query with this seed.
+    progress
+        Show a progress bar.
+    chunk
+        Cells at a time; by default about a million entries.
+
+    Returns
+    -------
+    AnnData
+        Cells x genes, cells in the order given. ``layers["counts"]`` (also ``X``): one coupled
+        draw, the counts that the cell's own noise gives under the intervention;
+        ``layers["rate"]``: posterior mean of the expected fraction of the library (rows sum to the
+        kept genes' share), or of the expected value where the input is log-normalised;
+        ``layers["rate_sd"]``: its posterior standard deviation. ``obs``: the columns of `cells`,
+        and ``cradle_library`` (that of ``counts``), ``cradle_out_of_support``.
+        ``uns["cradle_query"]``: what was asked, and in what the training cells do not support it.
+
+    Raises
+    ------
+    QueryError
+        If the intervention names something that the model does not have.
+    DataError
+        If the cells do not fit the model.
+
+    Notes
+    -----
+    Per draw: globals, basal state and kind of artifact are drawn from the guide given the factual
+    cell, with the residual of its library, the noise of its flags, and for every count x a uniform
+    number from [F(x - 1), F(x)]. The intervened model is then run with all of these (Pearl 2009,
+    Causality, section 7.1). Under ``do()`` and ``do(perturbation="factual", artifact="factual")``
+    the counts are the observed ones, exactly. What cannot be known from data is assumed: that the
+    noise of one gene is its own, and that a count keeps its rank among the counts such a cell
+    could have shown.
+
+    Examples
+    --------
+    >>> import cradle_pyro as cp
+    >>> adata = cp.simulate_perturbseq(n_cells=200, n_genes=40, n_perturbations=3, n_pairs=1)
+    >>> config = cp.Config().with_settings(["train.max_epochs=1", "qc.doublets=false"])
+    >>> prepared = cp.prepare(adata, config)
+    >>> posterior = cp.fit(prepared.data, config, progress=False)
+    >>> same = cp.counterfactual(posterior, prepared.adata[:5], cp.do(), draws=2)
+    >>> bool((same.layers["counts"].toarray() == adata.X[:5].toarray()).all())
+    True
+    """
+    _check_draws(draws, count_draws)
+    data = query_cells(posterior, cells)
+    checked = check(posterior, intervention)
+    shape = (data.n_cells, posterior.schema.n_genes)
+    moments = _Moments(shape)
+    kept: list[list[Any]] = [[] for _ in range(count_draws)]
+    library = np.empty(data.n_cells, dtype=np.float32)
+
+    def use(part: Part) -> None:
+        acts = checked.acts(part.abduction.batch, part.abduction.values)
+        world = predict(posterior.model, part.abduction, acts)
+        moments.add(part.rows, part.draw, world[sites.RATE].cpu().numpy())
+        if part.draw == 0:
+            library[part.rows] = world[sites.LIBRARY].cpu().numpy()
+        if part.draw < count_draws:
+            values = world[sites.COUNTS].cpu().numpy()
+            kept[part.draw].append(values if data.values == "lognorm" else sp.csr_matrix(values))
+
+    over_draws(
+        posterior, data, use, draws=draws, counts=count_draws, seed=seed, chunk=chunk,
+        progress=progress, what="Counterfactuals",
+    )  # fmt: skip
+    layers = {"rate": moments.mean, "rate_sd": moments.sd(draws)}
+    for number, pieces in enumerate(kept):
+        stack = np.concatenate if data.values == "lognorm" else _stacked
+        layers["counts" if number == 0 else f"counts_{number}"] = stack(pieces)
+    return _as_anndata(posterior, cells, data, layers, checked, library, draws=draws, seed=seed)
+
+
+def cell_effect(
+    posterior: Posterior,
+    cells: AnnData | CellData,
+    intervention: Intervention,
+    reference: Intervention | None = None,
+    *,
+    draws: int = 100,
+    seed: int = 0,
+    progress: bool = False,
+    chunk: int | None = None,
+) -> AnnData:
+    """Return each cell's own effect on every gene: intervention minus reference, same noise.
+
+    Parameters
+    ----------
+    posterior, cells, draws, seed, progress, chunk
+        As in :func:`counterfactual`.
+    intervention, reference
+        The two worlds; by default the reference is the factual one.
+
+    Returns
+    -------
+    AnnData
+        Cells x genes: ``X`` is the posterior mean of the difference of log2(1 + 1e4 rate),
+        ``layers["sd"]`` its posterior standard deviation; ``obs`` and ``uns`` as in
+        :func:`counterfactual`.
+
+    Raises
+    ------
+    QueryError, DataError
+        As in :func:`counterfactual`.
+    """
+    _check_draws(draws)
+    data = query_cells(posterior, cells)
+    checked = check(posterior, intervention)
+    base = check(posterior, do() if reference is None else reference)
+    moments = _Moments((data.n_cells, posterior.schema.n_genes))
+
+    def use(part: Part) -> None:
+        first, second = (
+            log2_expression(posterior, predict_rate(posterior, part.abduction, one))
+            for one in (checked, base)
+        )
+        moments.add(part.rows, part.draw, (first - second).cpu().numpy())
+
+    over_draws(
+        posterior, data, use, draws=draws, counts=0, seed=seed, chunk=chunk,
+        progress=progress, what="Effects",
+    )  # fmt: skip
+    layers = {"effect": moments.mean, "sd": moments.sd(draws)}
+    result = _as_anndata(posterior, cells, data, layers, checked, None, draws=draws, seed=seed)
+    result.X = result.layers.pop("effect")
+    result.uns["cradle_query"]["reference"] = str(base.intervention)
+    result.uns["cradle_query"]["scale"] = "difference of log2(1 + 1e4 rate)"
+    return result
+
+
+def predict_rate(
+    posterior: Posterior, abduction: Abduction, checked: CheckedIntervention
+) -> Tensor:
+    """Return the rate of cells under an intervention, shape (cells, genes)."""
+    acts = checked.acts(abduction.batch, abduction.values)
+    return predict(posterior.model, abduction, acts)[sites.RATE]
+
+
+def query_cells(posterior: Posterior, cells: AnnData | CellData) -> CellData:
+    """Return cells as CellData of the model's schema.
+
+    Raises
+    ------
+    DataError
+        If the cells do not fit the model.
+    QueryError
+        If CellData have another schema.
+    """
+    if not isinstance(cells, CellData):
+        return cell_data(cells, posterior.config.data, schema=posterior.schema)
+    if cells.schema != posterior.schema:
+        raise QueryError(
+            "The cells were read with another schema than the model's: genes, perturbations, flags "
+            "or covariates differ. Read them with CellData.from_anndata(..., schema=posterior."
+            "schema), or give the AnnData."
+        )
+    return cells
+
+
+def query_record(
+    posterior: Posterior, checked: CheckedIntervention, notes: dict[str, list[str]], **settings: Any
+) -> dict[str, Any]:
+    """Return what was asked, for ``uns["cradle_query"]``: numbers, strings and lists of them."""
+    sentences = sorted({note for one in notes.values() for note in one})
+    return {
+        "intervention": str(checked.intervention),
+        "out_of_support": sentences,
+        "fingerprint": str(posterior.facts.get("fingerprint", "")),
+        "version": metadata.version("cradle-pyro"),
+    } | settings
+
+
+def _check_draws(draws: int, count_draws: int = 0) -> None:
+    if draws < 1 or not 0 <= count_draws <= draws:
+        raise QueryError(
+            f"At least one draw is needed and counts of at most as many, found draws={draws} and "
+            f"count_draws={count_draws}."
+        )
+
+
+class _Moments:
+    """Running mean and variance over draws, one array entry for each cell and gene (Welford)."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.mean = np.zeros(shape, dtype=np.float32)
+        self._square = np.zeros(shape, dtype=np.float32)
+
+    def add(self, rows: slice, draw: int, value: np.ndarray) -> None:
+        change = value - self.mean[rows]
+        self.mean[rows] += change / (draw + 1)
+        self._square[rows] += change * (value - self.mean[rows])
+
+    def sd(self, draws: int) -> np.ndarray:
+        return np.sqrt(np.maximum(self._square, 0) / max(draws - 1, 1))
+
+
+def _stacked(pieces: list[Any]) -> sp.csr_matrix:
+    return sp.csr_matrix(sp.vstack(pieces, format="csr"))
+
+
+def _as_anndata(
+    posterior: Posterior,
+    cells: AnnData | CellData,
+    data: CellData,
+    layers: dict[str, Any],
+    checked: CheckedIntervention,
+    library: np.ndarray | None,
+    **settings: int,
+) -> AnnData:
+    from anndata import AnnData
+
+    schema = posterior.schema
+    names = pd.Index(schema.genes)
+    if isinstance(cells, CellData):
+        obs = pd.DataFrame({"perturbation": data.labels}, index=data.obs_names)
+        var = pd.DataFrame(index=names)
+    else:
+        obs, var = cells.obs.copy(), cells.var.reindex(names)
+    notes = support_notes(posterior, checked, data.labels)
+    unsupported = {label for label, sentences in notes.items() if sentences}
+    one_label = checked.design is not None  # all cells end up with the same one
+    obs["cradle_out_of_support"] = (
+        bool(unsupported) if one_label else np.isin(data.labels, sorted(unsupported))
+    )
+    if library is not None:
+        obs["cradle_library"] = library
+    record = query_record(posterior, checked, notes, **settings)
+    return AnnData(
+        layers.get("counts"), obs=obs, var=var, layers=layers, uns={"cradle_query": record}
+    )

@@ -1,0 +1,414 @@
+"""Interventions in the words of the screen: written by name, checked against a fitted model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cradle_pyro import sites
+from cradle_pyro.errors import QueryError, near, shown
+from cradle_pyro.inference.posterior import Posterior
+from cradle_pyro.types import Batch, Schema
+
+__all__ = ["FACTUAL", "TYPICAL", "CheckedIntervention", "Intervention", "check", "do", "parse_do"]
+
+FACTUAL = "factual"
+TYPICAL = "typical"
+_KEYWORDS = (sites.PERTURBATION, sites.ARTIFACT, sites.LIBRARY)
+
+Levels = str | float | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is done to cells; made by :func:`do`, joined by ``|``.
+
+    Parameters
+    ----------
+    perturbation, artifact, library, sites
+        As in :func:`do`; None where nothing is done.
+
+    Examples
+    --------
+    >>> print(do(perturbation="KLF1") | do(artifact=0))
+    do(perturbation=KLF1, artifact=0)
+    """
+
+    perturbation: Levels | None = None
+    artifact: Levels | None = None
+    library: str | float | None = None
+    sites: Mapping[str, Any] = field(default_factory=dict)
+
+    def __or__(self, other: Intervention) -> Intervention:
+        """Return both interventions as one.
+
+        Raises
+        ------
+        QueryError
+            If both act on the same site.
+        """
+        own, others = self._named(), other._named()
+        twice = sorted(set(own) & set(others))
+        if twice:
+            raise QueryError(
+                f"Both {self} and {other} act on {shown(twice)}. Leave one of them out: a site has "
+                "one value in a world."
+            )
+        joined = own | others
+        keywords = {name: joined.pop(name) for name in _KEYWORDS if name in joined}
+        return Intervention(**keywords, sites=joined)
+
+    def __str__(self) -> str:
+        named = ", ".join(f"{name}={_spelled(value)}" for name, value in self._named().items())
+        return f"do({named})"
+
+    def _named(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in _KEYWORDS}
+        return {name: value for name, value in values.items() if value is not None} | dict(
+            self.sites
+        )
+
+
+def do(
+    *,
+    perturbation: str | Mapping[str, float] | None = None,
+    artifact: float | str | Mapping[str, float] | None = None,
+    library: float | Literal["factual"] | None = None,
+    sites: Mapping[str, Tensor | float] | None = None,
+) -> Intervention:
+    """Return an intervention, to be asked about by the queries; names are checked there.
+
+    What is not named follows its causes: a cell's own noise (of its flags, its library, its
+    counts) is kept, and the site takes the value that this noise gives it in the other world.
+
+    Parameters
+    ----------
+    perturbation
+        A label ("KLF1", "KLF1+CEBPA", the control's) or dosages ({"KLF1": 0.5}); "factual" for the
+        cell's own, which is also what cells keep if nothing is named.
+    artifact
+        0 for none; names of flags ("high_mito", "high_mito+doublet") or severities in [0, 1]
+        ({"high_mito": 0.5}); "typical" for flags as failing training cells have; "factual" to hold
+        the cell's own. 1 is a flag only where the model has a single one.
+    library
+        Total counts; "factual" to hold the cell's own.
+    sites
+        For modellers: values of other sites of the model, numbers or tensors that fit the site.
+
+    Returns
+    -------
+    Intervention
+        Several are joined by ``|``.
+
+    Raises
+    ------
+    QueryError
+        If a value is of a kind that cannot be.
+
+    Examples
+    --------
+    >>> print(do(perturbation={"KLF1": 0.5}, library=5000))
+    do(perturbation=KLF1=0.5, library=5000)
+    """
+    given = dict(sites or {})
+    wrong = [name for name in _KEYWORDS if name in given]
+    if wrong:
+        raise QueryError(f"Give {shown(wrong)} as a keyword of do, not among the sites.")
+    _check_kind("perturbation", perturbation, str | Mapping)
+    _check_kind("artifact", artifact, str | Mapping | Real)
+    _check_kind("library", library, str | Real)
+    if isinstance(library, str) and library != FACTUAL:
+        raise QueryError(f"library is a number of counts or '{FACTUAL}', found {library!r}.")
+    if isinstance(library, Real) and not 0 < float(library) < float("inf"):
+        raise QueryError(f"library is a positive number of counts, found {library}.")
+    for name, value in given.items():
+        _check_kind(name, value, Tensor | Real)
+    return Intervention(perturbation, artifact, library, given)
+
+
+def parse_do(settings: Iterable[str]) -> Intervention:
+    """Return the intervention that ``site=value`` texts describe, as on the command line.
+
+    Parameters
+    ----------
+    settings
+        For example ``perturbation=KLF1+CEBPA``, ``perturbation=KLF1=0.5``, ``artifact=0``,
+        ``artifact=high_mito``, ``library=5000``, ``z_basal=0``.
+
+    Raises
+    ------
+    QueryError
+        For a text without ``=`` or with an impossible value.
+
+    Examples
+    --------
+    >>> print(parse_do(["perturbation=A=0.5+B", "artifact=0"]))
+    do(perturbation=A=0.5+B=1, artifact=0)
+    """
+    result = Intervention()
+    for setting in settings:
+        name, equals, text = (part.strip() for part in setting.partition("="))
+        if not (name and equals and text):
+            raise QueryError(
+                f"Expected site=value, found '{setting}'. Example: --do perturbation=KLF1+CEBPA "
+                "--do artifact=0"
+            )
+        number = _number(text)
+        if name == sites.PERTURBATION:
+            one = do(perturbation=_levels(name, text))
+        elif name == sites.ARTIFACT:
+            one = do(artifact=_levels(name, text) if number is None else number)
+        elif name == sites.LIBRARY:
+            one = do(library=text if number is None else number)  # type: ignore[arg-type]
+        elif number is None:
+            raise QueryError(f"Site '{name}' is set to a number, found '{text}'.")
+        else:
+            one = do(sites={name: number})
+        result = result | one
+    return result
+
+
+@dataclass(frozen=True)
+class CheckedIntervention:
+    """An intervention whose names the model knows; made by :func:`check`.
+
+    Parameters
+    ----------
+    intervention
+        As it was asked.
+    design
+        Row of the design, shape (perturbations,); None where cells keep their own.
+    flags
+        Row of flags or severities, shape (artifacts,), or "factual", "typical", None.
+    library
+        Counts, or "factual", None.
+    pool
+        Flag vectors of failing training cells, shape (cells, artifacts).
+    """
+
+    intervention: Intervention
+    design: Tensor | None
+    flags: Tensor | str | None
+    library: float | str | None
+    pool: Tensor
+
+    def acts(self, batch: Batch, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the full-shape value of every intervened site, for the cells of `batch`.
+
+        Parameters
+        ----------
+        batch
+            The factual cells, missing flags drawn.
+        values
+            Factual value of every site: what further sites are expanded to.
+        """
+        n_cells, device = len(batch), batch.library.device
+        acts: dict[str, Tensor] = {}
+        if self.design is not None:
+            acts[sites.PERTURBATION] = self.design.to(batch.perturbation).expand(n_cells, -1)
+        elif self.intervention.perturbation == FACTUAL:
+            acts[sites.PERTURBATION] = batch.perturbation
+        if isinstance(self.flags, Tensor):
+            acts[sites.ARTIFACT] = self.flags.to(batch.artifact).expand(n_cells, -1)
+        elif self.flags == FACTUAL:
+            acts[sites.ARTIFACT] = batch.artifact
+        elif self.flags == TYPICAL:
+            rows = torch.randint(len(self.pool), (n_cells,))
+            acts[sites.ARTIFACT] = self.pool[rows].to(device)
+        if self.library == FACTUAL:
+            acts[sites.LIBRARY] = batch.library
+        elif self.library is not None:
+            acts[sites.LIBRARY] = torch.full_like(batch.library, float(self.library))
+        for name, value in self.intervention.sites.items():
+            acts[name] = _expanded(name, value, values[name])
+        return acts
+
+
+def check(posterior: Posterior, intervention: Intervention) -> CheckedIntervention:
+    """Return `intervention` with its names looked up in the fitted model.
+
+    Raises
+    ------
+    QueryError
+        If it names a perturbation, flag or site that the model does not have, or a value that
+        cannot be.
+    """
+    schema = posterior.schema
+    if not isinstance(intervention, Intervention):
+        raise QueryError(
+            f"Expected an intervention such as do(perturbation='KLF1', artifact=0), found "
+            f"{type(intervention).__name__}."
+        )
+    if intervention.sites:
+        _check_sites(posterior, intervention.sites)
+    flags = _flags(schema, intervention.artifact)
+    if flags == TYPICAL and not len(posterior.failing_artifacts):
+        raise QueryError("artifact='typical' needs failing training cells, and there were none.")
+    return CheckedIntervention(
+        intervention,
+        _design(schema, intervention.perturbation),
+        flags,
+        intervention.library,
+        posterior.failing_artifacts,
+    )
+
+
+def label_design(schema: Schema, label: str) -> Tensor:
+    """Return the design row of a label, shape (perturbations,).
+
+    Raises
+    ------
+    QueryError
+        If it names a perturbation the schema lacks.
+    """
+    names = [part.strip() for part in label.split(schema.delimiter)]
+    return _design_row(schema, {name: 1.0 for name in names if name != schema.control}, label)
+
+
+def _design(schema: Schema, perturbation: Levels | None) -> Tensor | None:
+    if perturbation is None or perturbation == FACTUAL:
+        return None
+    if isinstance(perturbation, str):
+        return label_design(schema, perturbation)
+    assert isinstance(perturbation, Mapping)
+    return _design_row(schema, perturbation, _spelled(perturbation))
+
+
+def _design_row(schema: Schema, dosages: Mapping[str, float], label: str) -> Tensor:
+    position = {name: index for index, name in enumerate(schema.perturbations)}
+    row = torch.zeros(schema.n_perturbations)
+    for name, dosage in dosages.items():
+        if name not in position:
+            raise QueryError(
+                f"The model knows no perturbation '{name}' (in '{label}')"
+                f"{near(name, schema.perturbations)}. Known: {shown(schema.perturbations)}, and "
+                f"'{schema.control}' for none."
+            )
+        if not 0 <= dosage < float("inf"):
+            raise QueryError(f"A dosage is a number >= 0, found {dosage} for '{name}'.")
+        row[position[name]] = dosage
+    return row
+
+
+def _flags(schema: Schema, artifact: Levels | None) -> Tensor | str | None:
+    if artifact is None or artifact == FACTUAL:
+        return artifact
+    if not schema.n_artifacts:
+        if artifact == 0:
+            return torch.zeros(0)
+        raise QueryError(
+            f"artifact={_spelled(artifact)} asks for an artifact, but the model was trained without"
+            " artifact flags; only 0 and 'factual' are possible."
+        )
+    if artifact == TYPICAL:
+        return TYPICAL
+    if isinstance(artifact, str):
+        artifact = {name.strip(): 1.0 for name in artifact.split("+")}
+    if isinstance(artifact, Real):
+        if artifact == 0:
+            return torch.zeros(schema.n_artifacts)
+        if schema.n_artifacts > 1:
+            raise QueryError(
+                f"artifact={artifact:g} does not say which of the flags {shown(schema.artifacts)}. "
+                "Name one, or use artifact='typical' for flags as failing cells have."
+            )
+        artifact = {schema.artifacts[0]: float(artifact)}
+    assert isinstance(artifact, Mapping)
+    row = torch.zeros(schema.n_artifacts)
+    for name, severity in artifact.items():
+        if name not in schema.artifacts:
+            raise QueryError(
+                f"The model knows no artifact flag '{name}'{near(name, schema.artifacts)}. Known: "
+                f"{shown(schema.artifacts, 10)}; or 0, '{FACTUAL}', '{TYPICAL}'."
+            )
+        if not 0 <= severity <= 1:
+            raise QueryError(f"A severity lies in [0, 1], found {severity} for '{name}'.")
+        row[schema.artifacts.index(name)] = severity
+    return row
+
+
+def _check_sites(posterior: Posterior, given: Mapping[str, Any]) -> None:
+    """Raise unless the model has all sites and their values fit, by a run on two empty cells."""
+    from cradle_pyro.model.intervene import run_world
+
+    values = run_world(posterior.model, empty_batch(posterior, 2), {}, {})
+    for name, value in given.items():
+        if name not in values:
+            raise QueryError(
+                f"The model has no site '{name}'{near(name, list(values))}. Its sites: "
+                f"{shown(values, len(values))}."
+            )
+        shape = values[name].shape
+        if isinstance(value, Tensor) and value.dim() > len(shape):
+            raise QueryError(
+                f"Site '{name}' has {len(shape)} dimensions, found a value of shape "
+                f"{tuple(value.shape)}."
+            )
+
+
+def empty_batch(posterior: Posterior, n_cells: int) -> Batch:
+    """Return control cells without counts or artifact, at the mean library of the training set."""
+    schema, statistics = posterior.schema, posterior.statistics
+    covariates = torch.zeros(n_cells, schema.n_covariate_levels)
+    start = 0
+    for _, levels in schema.covariates:
+        covariates[:, start] = 1.0
+        start += len(levels)
+    return Batch(
+        counts=torch.zeros(n_cells, schema.n_genes),
+        perturbation=torch.zeros(n_cells, schema.n_perturbations),
+        artifact=torch.zeros(n_cells, schema.n_artifacts),
+        library=statistics.log_library_mean.cpu().exp().expand(n_cells),
+        covariates=covariates,
+    ).to(posterior.device)
+
+
+def _expanded(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    try:
+        return torch.as_tensor(value).to(like).expand(like.shape)
+    except RuntimeError:
+        raise QueryError(
+            f"Site '{name}' has shape {tuple(like.shape)}, which a value of shape "
+            f"{tuple(torch.as_tensor(value).shape)} does not fit."
+        ) from None
+
+
+def _check_kind(name: str, value: object, kinds: Any) -> None:
+    if value is not None and not isinstance(value, kinds):
+        raise QueryError(
+            f"{name} cannot be a {type(value).__name__}: {value!r}. See help(cradle_pyro.do)."
+        )
+
+
+def _levels(name: str, text: str) -> str | dict[str, float]:
+    """Return a label as it is, or ``A=0.5+B`` as levels."""
+    if "=" not in text:
+        return text
+    levels = {}
+    for part in text.split("+"):
+        key, equals, level = (piece.strip() for piece in part.partition("="))
+        value = _number(level) if equals else 1.0
+        if value is None or not key:
+            raise QueryError(f"Expected {name} levels such as A=0.5+B=1, found '{text}'.")
+        levels[key] = value
+    return levels
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "+".join(f"{name}={level:g}" for name, level in value.items())
+    if isinstance(value, Tensor):
+        return f"{value.item():g}" if value.numel() == 1 else f"tensor{tuple(value.shape)}"
+    return f"{value:g}" if isinstance(value, Real) else str(value)
