@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 _USER_MISTAKE = 2
+_CALL_RATE = 0.1
 
 cli = typer.Typer(
     name="cradle-pyro",
     help="Perturbation effects of single-cell CRISPR screens, freed from technical artifacts.\n\n"
-    "A screen goes through simulate (or your own h5ad), annotate, train and evaluate. "
+    "A screen goes through simulate (or your own h5ad), annotate, train and evaluate; then ask the "
+    "run with query and effects. "
     "Try everything at once with: cradle-pyro demo",
     no_args_is_help=True,
     add_completion=False,
@@ -55,6 +57,8 @@ ConfigFile = Annotated[
 Screen = Annotated[
     Path, typer.Argument(metavar="DATA.h5ad", help="The screen.", show_default=False)
 ]
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)]
 
 
 def _console(quiet: bool) -> Console:
@@ -172,7 +176,7 @@ def train(
 
 @cli.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", show_default=False)],
+    run: Run,
     out: Annotated[
         Optional[Path], typer.Option("--out", help="JSON file; default RUN/metrics.json.")
     ] = None,
@@ -193,6 +197,82 @@ def evaluate(
     for table in render(evaluation):
         console.print(table)
     console.print(f"Wrote {path}.")
+
+
+@cli.command()
+def query(
+    run: Run,
+    cells: Annotated[Path, typer.Option("--cells", help="h5ad file with the cells to ask about.")],
+    act: Annotated[
+        list[str],
+        typer.Option(
+            "--do",
+            metavar="SITE=VALUE",
+            help="What is done: perturbation=A+B (or A=0.5, control), artifact=0 (or flag names, "
+            "typical), library=5000; factual holds each cell's own. May be repeated.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="h5ad file to write.")],
+    draws: Annotated[int, typer.Option(help="Posterior draws of each cell.", min=1)] = 20,
+    count_draws: Annotated[
+        int, typer.Option(help="How many draws of the counts to keep.", min=0)
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Seed.", min=0)] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Ask what each cell would have been under an intervention (its counterfactual).
+
+    What is not named follows its causes with the cell's own noise.
+
+    Example: cradle-pyro query runs/a --cells cells.h5ad --do artifact=0 --out clean.h5ad
+    """
+    from cradle_pyro.queries.interventions import parse_do
+    from cradle_pyro.workflow import query_run
+
+    answer = query_run(
+        run, cells, parse_do(act), out, draws=draws, count_draws=count_draws, seed=seed,
+        progress=not quiet,
+    )  # fmt: skip
+    _console(quiet).print(
+        f"Wrote {out}: {answer.n_obs:,} cells x {answer.n_vars:,} genes under "
+        f"{escape(answer.uns['cradle_query']['intervention'])}; layers "
+        f"{', '.join(sorted(answer.layers))}."
+    )
+
+
+@cli.command()
+def effects(
+    run: Run,
+    out: Annotated[Path, typer.Option("--out", help="h5ad file to write.")],
+    perturbation: Annotated[
+        Optional[list[str]],
+        typer.Option(help="A label such as A or A+B; may be repeated. Default: all of the screen."),
+    ] = None,
+    total: Annotated[
+        bool,
+        typer.Option(
+            "--total", help="Let failing cells be part of the effect; default artifact=0."
+        ),
+    ] = False,
+    draws: Annotated[int, typer.Option(help="Posterior draws.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Seed.", min=0)] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write average effects on every gene, with intervals and false sign rates.
+
+    Example: cradle-pyro effects runs/a --perturbation KLF1+CEBPA --out effects.h5ad
+    """
+    from cradle_pyro.workflow import effects_run
+
+    table = effects_run(
+        run, out, perturbation, kind="total" if total else "direct", draws=draws, seed=seed,
+        progress=not quiet,
+    )  # fmt: skip
+    n_called = int((table.layers["s_value"] <= _CALL_RATE).sum())
+    _console(quiet).print(
+        f"Wrote {out}: {table.n_obs:,} perturbations x {table.n_vars:,} genes, {n_called:,} "
+        f"effects called at an expected false sign rate of {_CALL_RATE:.0%}."
+    )
 
 
 @cli.command()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +14,30 @@ from anndata import AnnData
 
 from cradle_pyro.config import Config
 from cradle_pyro.data.confounding import confounding_report, warn_confounding
-from cradle_pyro.data.fields import read_screen, write_h5ad_atomic
-from cradle_pyro.data.prepare import prepare
-from cradle_pyro.errors import DataError
+from cradle_pyro.data.fields import check_target, read_screen, write_h5ad_atomic
+from cradle_pyro.data.prepare import prepare, prepare_query
+from cradle_pyro.data.qc import QCThresholds
+from cradle_pyro.errors import DataError, DataWarning, shown
 from cradle_pyro.evaluation.evaluate import Evaluation
 from cradle_pyro.evaluation.evaluate import evaluate as evaluate_posterior
 from cradle_pyro.evaluation.truth import truth_of
 from cradle_pyro.inference.checkpoint import load
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.inference.train import fit
+from cradle_pyro.queries.counterfactual import counterfactual
+from cradle_pyro.queries.effects import Kind, effects
+from cradle_pyro.queries.interventions import Intervention, check
 from cradle_pyro.reporting.table import write_text_report
 from cradle_pyro.simulate.perturbseq import simulate_perturbseq
 
-__all__ = ["DEMO_SETTINGS", "evaluate_run", "run_demo", "train_run"]
+__all__ = [
+    "DEMO_SETTINGS",
+    "effects_run",
+    "evaluate_run",
+    "query_run",
+    "run_demo",
+    "train_run",
+]
 
 _SPLIT = "cradle_split"
 DEMO_SETTINGS = (
@@ -85,6 +97,8 @@ def _train(
         data, config, progress=progress, checkpoint_dir=out / "checkpoints", resume=resume
     )
     facts = dict(posterior.facts) | {"data": str(path.resolve())}
+    if "cradle_qc" in prepared.adata.uns:
+        facts["qc"] = QCThresholds.from_dict(prepared.adata.uns["cradle_qc"]).to_dict()
     posterior = dataclasses.replace(posterior, facts=facts)
     posterior.save(out)
     pd.DataFrame({"cell": data.obs_names, "split": data.split}).to_csv(
@@ -118,6 +132,95 @@ def evaluate_run(
     _check_writable(out.parent)
     path = Path(data) if data is not None else _recorded_path(posterior, run)
     return _evaluate(posterior, read_screen(path), path, out)
+
+
+def query_run(
+    run: str | Path,
+    cells: str | Path,
+    intervention: Intervention,
+    out: str | Path,
+    *,
+    draws: int = 20,
+    count_draws: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> AnnData:
+    """Ask a run what cells would have been under an intervention; write and return the answer.
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    cells
+        Cells with the columns the run was trained with. Without artifact flags, they are annotated
+        with the thresholds of the run.
+    intervention
+        See :func:`~cradle_pyro.do`.
+    out
+        h5ad file to write; see :func:`~cradle_pyro.counterfactual` for what it holds.
+    draws, count_draws, seed, progress
+        As in :func:`~cradle_pyro.counterfactual`.
+
+    Raises
+    ------
+    CradleError
+        For a mistake in the query, the cells or the run, before long work.
+    """
+    check_target(out)
+    posterior = load(run)
+    check(posterior, intervention)
+    adata = prepare_query(read_screen(cells), posterior.config, posterior.facts.get("qc"))
+    answer = counterfactual(
+        posterior, adata, intervention, draws=draws, count_draws=count_draws, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    _warn_support(answer)
+    write_h5ad_atomic(answer, out)
+    return answer
+
+
+def effects_run(
+    run: str | Path,
+    out: str | Path,
+    labels: Sequence[str] | None = None,
+    *,
+    kind: Kind = "direct",
+    draws: int = 100,
+    seed: int = 0,
+    progress: bool = True,
+) -> AnnData:
+    """Write and return the average effects of a run's perturbations; no training data are needed.
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    out
+        h5ad file to write.
+    labels, kind, draws, seed, progress
+        As in :func:`~cradle_pyro.effects`.
+
+    Raises
+    ------
+    CradleError
+        For a mistake in the labels or the run, before long work.
+    """
+    check_target(out)
+    table = effects(load(run), labels, kind=kind, draws=draws, seed=seed, progress=progress)
+    _warn_support(table)
+    write_h5ad_atomic(table, out)
+    return table
+
+
+def _warn_support(answer: AnnData) -> None:
+    notes = list(answer.uns["cradle_query"]["out_of_support"])
+    if notes:
+        warnings.warn(
+            f"The training cells do not show what was asked: {shown(notes, 3)}. The answer rests "
+            "on the model and is marked out_of_support.",
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 def _recorded_path(posterior: Posterior, run: Path) -> Path:

@@ -16,7 +16,7 @@ from cradle_pyro.errors import DataError, near, shown
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["TOTAL_COUNTS", "align_genes", "is_qc_gene", "select_genes"]
+__all__ = ["TOTAL_COUNTS", "align_genes", "is_qc_gene", "note_total_counts", "select_genes"]
 
 TOTAL_COUNTS = "cradle_total_counts"
 """Column of ``obs`` in which :func:`select_genes` keeps the full library size."""
@@ -164,6 +164,22 @@ def select_genes(
     if TOTAL_COUNTS not in chosen.obs:
         chosen.obs[TOTAL_COUNTS] = scan.row_sums
     return chosen
+
+
+def note_total_counts(adata: AnnData, layer: str | None = None) -> None:
+    """Write each cell's total over all genes to ``obs``, as `select_genes` does; once.
+
+    Parameters
+    ----------
+    adata
+        Cells with all their genes; changed in place.
+    layer
+        Layer with raw counts; None for ``X``.
+    """
+    if TOTAL_COUNTS not in adata.obs:
+        counts = fields.read_counts(adata, layer)
+        sums = [np.asarray(block.sum(axis=1)) for _, block in fields.iter_count_rows(counts, 4096)]
+        adata.obs[TOTAL_COUNTS] = np.concatenate(sums)
 
 
 def _train_positions(train_rows: np.ndarray | None, n_cells: int) -> np.ndarray:

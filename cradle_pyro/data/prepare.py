@@ -7,14 +7,15 @@ training cells only.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from cradle_pyro.config import Config, DataConfig, QCConfig, SplitConfig
 from cradle_pyro.data.dataset import CellData
-from cradle_pyro.data.encode import design_labels, encode_perturbations
-from cradle_pyro.data.genes import TOTAL_COUNTS, select_genes
+from cradle_pyro.data.encode import ANY_COLUMN, design_labels, encode_perturbations
+from cradle_pyro.data.genes import TOTAL_COUNTS, note_total_counts, select_genes
 from cradle_pyro.data.qc import annotate_artifacts
 from cradle_pyro.data.split import (
     split_cells,
@@ -29,7 +30,15 @@ if TYPE_CHECKING:
 
     from cradle_pyro.types import Schema
 
-__all__ = ["Prepared", "annotate", "assign_split", "cell_data", "make_split", "prepare"]
+__all__ = [
+    "Prepared",
+    "annotate",
+    "assign_split",
+    "cell_data",
+    "make_split",
+    "prepare",
+    "prepare_query",
+]
 
 
 class Prepared(NamedTuple):
@@ -75,13 +84,20 @@ def prepare(adata: AnnData, config: Config) -> Prepared:
             options.n_top_genes,
             train_rows=np.flatnonzero(split == "train"),
             layer=options.layer,
+            perturbation_key=None if options.design_key else options.perturbation_key,
+            delimiter=options.delimiter,
         )
     data = cell_data(adata, options)
     return Prepared(adata, data.with_split(split))
 
 
 def annotate(
-    adata: AnnData, options: DataConfig, qc: QCConfig, *, fit_on: np.ndarray | str | None = None
+    adata: AnnData,
+    options: DataConfig,
+    qc: QCConfig,
+    *,
+    fit_on: np.ndarray | str | None = None,
+    thresholds: Mapping[str, Any] | None = None,
 ) -> None:
     """Annotate artifacts as configured, with thresholds from the cells `fit_on`.
 
@@ -93,6 +109,8 @@ def annotate(
         Where counts are, and which metrics and thresholds to use.
     fit_on
         Cells to fit thresholds on: a mask, or "column=value"; all cells if omitted.
+    thresholds
+        Thresholds fitted before, used instead.
 
     Raises
     ------
@@ -105,10 +123,43 @@ def annotate(
         qc.n_mads,
         layer=options.layer,
         fit_on=fit_on,
-        flags=qc.flags or None,
+        flags=None if thresholds is not None else qc.flags or None,
+        thresholds=thresholds,
         metrics={name: key for name, key in keys.items() if key is not None} or None,
         doublets="auto" if qc.doublets else False,
     )
+
+
+def prepare_query(adata: AnnData, config: Config, thresholds: Mapping[str, Any] | None) -> AnnData:
+    """Return cells to ask a fitted model about, with what it was given beside their counts.
+
+    Parameters
+    ----------
+    adata
+        Cells with the columns the model was trained with; changed in place by an annotation, if
+        they have none.
+    config
+        Sections data and qc of the run.
+    thresholds
+        QC thresholds of the run, for cells that are not annotated yet.
+
+    Raises
+    ------
+    DataError
+        If the cells need an annotation and the run has no thresholds, or a column is missing.
+    """
+    options = config.data
+    wants_flags = options.artifact != "none" and not options.artifact_keys
+    if wants_flags and "cradle_qc" not in adata.uns and ANY_COLUMN not in adata.obs:
+        if not thresholds:
+            raise DataError(
+                "The cells carry no artifact flags, and the run kept no thresholds to find them "
+                "with. Annotate the cells first, as the training cells were."
+            )
+        annotate(adata, options, config.qc, thresholds=thresholds)
+    if options.n_top_genes is not None and options.library_key is None:
+        note_total_counts(adata, options.layer)
+    return adata
 
 
 def cell_data(

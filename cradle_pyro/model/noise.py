@@ -45,6 +45,7 @@ __all__ = [
     "WithNoise",
     "abduct_noise",
     "count_elements",
+    "innermost",
 ]
 
 _Distribution = torch_dist.Distribution
@@ -104,7 +105,7 @@ class ResidualNoise(AbstractNoise):
 
         Written as a change of the value, so that where nothing changes the value is the same bits.
         """
-        base = _innermost(fn)
+        base = innermost(fn)
         residual = ((self.value.log() if self.is_log else self.value) - self.loc) / self.scale
         change = (base.loc - self.loc) + (base.scale - self.scale) * residual
         return self.value * change.exp() if self.is_log else self.value + change
@@ -158,7 +159,7 @@ def abduct_noise(
     QueryError
         If the noise of such a distribution cannot be abducted.
     """
-    base = _innermost(fn)
+    base = innermost(fn)
     if isinstance(base, torch_dist.Bernoulli):
         probability = _probability(fn)
         share = torch.rand(value.shape, device=value.device, dtype=probability.dtype)
@@ -264,7 +265,7 @@ def _flat(parameter: Tensor, shape: torch.Size) -> Tensor:
     return parameter.double().expand(shape).reshape(-1)
 
 
-def _innermost(fn: Any) -> Any:
+def innermost(fn: Any) -> Any:
     """Return the distribution inside ``to_event``, ``mask`` and ``expand``."""
     wrappers = torch_dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution
     while isinstance(fn, wrappers):
@@ -273,4 +274,4 @@ def _innermost(fn: Any) -> Any:
 
 
 def _probability(fn: _Distribution) -> Tensor:
-    return torch.sigmoid(_innermost(fn).logits.double())
+    return torch.sigmoid(innermost(fn).logits.double())

@@ -269,6 +269,13 @@ class TiltedScaleMixture(TorchDistribution):
             draw = shrinkage * self.loc + shrinkage.sqrt() * self.scale * noise
         return draw + (self.loc - self.loc.detach())
 
+    def given_slab(self) -> TiltedScaleMixture:
+        """Return the posterior given that no value is from the spike."""
+        log_weights = self.prior.log_weights.clone()
+        log_weights[..., 0] = -torch.inf
+        slabs = ScaleMixtureNormal(log_weights.log_softmax(-1), self.prior.scales)
+        return TiltedScaleMixture(slabs, self.loc, self.scale, validate_args=False)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density."""
         fit = Normal(self.loc, self.scale).log_prob(value)

@@ -19,12 +19,13 @@ from cradle_pyro import sites
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.inference.objectives import local_sites
 from cradle_pyro.inference.posterior import Posterior
+from cradle_pyro.model.noise import innermost
 from cradle_pyro.queries.abduction import Abduction, abduct, hold_noise
 from cradle_pyro.queries.progress import progress_bar
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch
 
-__all__ = ["Part", "draw_globals", "over_draws", "reference_draw", "seed_of"]
+__all__ = ["Part", "draw_globals", "has_slab", "over_draws", "reference_draw", "seed_of"]
 
 PyroCallable = Callable[[Batch], object]
 
@@ -55,7 +56,9 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def draw_globals(guide: PyroCallable, batch: Batch) -> dict[str, Tensor]:
+def draw_globals(
+    guide: PyroCallable, batch: Batch, *, given_slab: bool = False
+) -> dict[str, Tensor]:
     """Return one draw of the global latents, under the caller's random state.
 
     Parameters
@@ -64,16 +67,38 @@ def draw_globals(guide: PyroCallable, batch: Batch) -> dict[str, Tensor]:
         The guide of a pair, edited or not.
     batch
         At least one cell; what it holds does not matter.
+    given_slab
+        Draw sites with a spike-and-slab posterior from the slabs: from what the effects would be,
+        if there were any. Sites have such a posterior if their distribution has the method
+        ``given_slab``, as :class:`~cradle_pyro.model.relaxed.TiltedScaleMixture` has.
     """
     first = batch.take(torch.zeros(1, dtype=torch.long, device=batch.library.device))
     with torch.no_grad():
         trace = poutine.trace(guide).get_trace(first)
     local = local_sites(trace)
-    return {
-        name: node["value"]
+    nodes = {
+        name: node
         for name, node in trace.nodes.items()
         if node["type"] == "sample" and name not in local and not site_is_subsample(node)
     }
+    values = {name: node["value"] for name, node in nodes.items()}
+    if given_slab:
+        for name, node in nodes.items():
+            base = innermost(node["fn"])
+            if hasattr(base, "given_slab"):
+                values[name] = base.given_slab().sample()
+    return values
+
+
+def has_slab(guide: PyroCallable, batch: Batch) -> bool:
+    """Return whether any global site of the guide has a spike-and-slab posterior."""
+    with torch.no_grad(), seeded(0):
+        trace = poutine.trace(guide).get_trace(batch)
+    return any(
+        hasattr(innermost(node["fn"]), "given_slab")
+        for node in trace.nodes.values()
+        if node["type"] == "sample"
+    )
 
 
 def over_draws(
@@ -87,6 +112,7 @@ def over_draws(
     chunk: int | None = None,
     progress: bool = False,
     what: str = "Query",
+    given_slab: bool = False,
 ) -> None:
     """Call `use` with every draw of every chunk of cells, in bounded memory.
 
@@ -108,6 +134,8 @@ def over_draws(
         Cells at a time; by default about a million entries.
     progress, what
         Show a progress bar with this name.
+    given_slab
+        As in :func:`draw_globals`.
     """
     n_genes = posterior.schema.n_genes
     size = chunk or min(_MOST_CELLS_AT_A_TIME, max(_ENTRIES_AT_A_TIME // n_genes, 1))
@@ -118,7 +146,7 @@ def over_draws(
             batch = data.batch(rows, device=posterior.device)
             for draw in range(draws):
                 with seeded(seed_of(seed, draw)):
-                    globals_ = draw_globals(posterior.guide, batch)
+                    globals_ = draw_globals(posterior.guide, batch, given_slab=given_slab)
                 with seeded(seed_of(seed, draw, start)):
                     guide = poutine.condition(posterior.guide, data=globals_)
                     abduction = abduct(
@@ -139,6 +167,7 @@ def reference_draw(
     artifacts: bool = False,
     from_prior: bool = False,
     counts: bool = False,
+    given_slab: bool = False,
 ) -> Abduction:
     """Return one draw of control cells and of the globals, under the caller's random state.
 
@@ -154,6 +183,8 @@ def reference_draw(
         Draw basal states from the prior instead.
     counts
         Draw counts from the model, whose noise then is the same in every world.
+    given_slab
+        As in :func:`draw_globals`.
 
     Notes
     -----
@@ -171,7 +202,7 @@ def reference_draw(
             library=reference.library[rows],
             covariates=reference.covariates[rows],
         ).to(device)
-        latents = draw_globals(posterior.guide, batch)
+        latents = draw_globals(posterior.guide, batch, given_slab=given_slab)
         if not from_prior:
             z_basal = torch.normal(reference.loc[rows], reference.scale[rows])
             latents[sites.Z_BASAL] = z_basal.to(device)

@@ -20,12 +20,13 @@ from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.queries.abduction import Abduction, predict
 from cradle_pyro.queries.calls import s_values
 from cradle_pyro.queries.counterfactual import query_cells, query_record
-from cradle_pyro.queries.draws import Part, over_draws, reference_draw, seed_of
+from cradle_pyro.queries.draws import Part, has_slab, over_draws, reference_draw, seed_of
 from cradle_pyro.queries.interventions import (
     CheckedIntervention,
     Intervention,
     check,
     do,
+    empty_batch,
     label_design,
 )
 from cradle_pyro.queries.progress import progress_bar
@@ -158,10 +159,10 @@ def compare(
     checked, base = check(posterior, first), check(posterior, second)
     _check_scale(posterior, scale)
     groups = _groups(posterior, cells, by, n_cells, seed)
-    values = _contrasts(
+    values, slab = _both_contrasts(
         posterior, [checked], base, groups=groups, scale=scale, draws=draws, n_cells=n_cells,
         seed=seed,
-    )[:, 0]  # fmt: skip
+    )  # fmt: skip
     labels = None if groups is None else groups.data.labels
     notes = support_notes(posterior, checked, labels)
     record = query_record(
@@ -169,7 +170,8 @@ def compare(
         n_cells=n_cells, seed=seed,
     )  # fmt: skip
     tables = [
-        _table(posterior.schema.genes, values[:, column]) for column in range(values.shape[1])
+        _table(posterior.schema.genes, values[:, 0, group], slab[:, 0, group])
+        for group in range(values.shape[2])
     ]
     for table in tables:
         table["out_of_support"] = bool(record["out_of_support"])
@@ -224,10 +226,14 @@ def interaction(
         raise QueryError(f"An interaction needs two or more perturbations, found '{pair}'.")
     worlds = [check(posterior, _world(schema, label, kind)) for label in (pair, *members)]
     base = check(posterior, _world(schema, schema.control, kind))
-    values = _contrasts(
-        posterior, worlds, base, groups=None, scale="rate", draws=draws, n_cells=n_cells, seed=seed
-    )[:, :, 0]
-    result = _table(schema.genes, values[:, 0] - values[:, 1:].sum(1))
+    values, slab = (
+        part[:, 0, 0] - part[:, 1:, 0].sum(1)
+        for part in _both_contrasts(
+            posterior, worlds, base, groups=None, scale="rate", draws=draws, n_cells=n_cells,
+            seed=seed,
+        )
+    )  # fmt: skip
+    result = _table(schema.genes, values, slab)
     notes = support_notes(posterior, worlds[0])
     record = query_record(
         posterior, worlds[0], notes, reference=f"sum of {' and '.join(members)}",
@@ -288,13 +294,15 @@ def effects(
     block = max(_ENTRIES_AT_A_TIME // (draws * schema.n_genes), 1)
     tables = []
     blocks = range(0, len(worlds), block)
-    with progress_bar("Effects", len(blocks) * draws, show=progress) as advance:
+    with progress_bar("Effects", 2 * len(blocks) * draws, show=progress) as advance:
         for start in blocks:
-            values = _contrasts(
+            values, slab = _both_contrasts(
                 posterior, worlds[start : start + block], base, groups=None, scale=scale,
                 draws=draws, n_cells=n_cells, seed=seed, advance=advance,
-            )[:, :, 0]  # fmt: skip
-            tables += [_table(schema.genes, values[:, k]) for k in range(values.shape[1])]
+            )  # fmt: skip
+            tables += [
+                _table(schema.genes, values[:, k, 0], slab[:, k, 0]) for k in range(values.shape[1])
+            ]
     notes = {
         label: support_notes(posterior, one) for label, one in zip(labels, worlds, strict=True)
     }
@@ -452,6 +460,7 @@ def _contrasts(
     draws: int,
     n_cells: int,
     seed: int,
+    given_slab: bool = False,
     advance: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
     """Return draws of mean differences to `base`, shape (draws, worlds, groups, genes)."""
@@ -475,8 +484,9 @@ def _contrasts(
         for draw in range(draws):
             with seeded(seed_of(seed, draw)):
                 cells = reference_draw(
-                    posterior, n_cells, artifacts=artifacts, counts=scale == "counts"
-                )
+                    posterior, n_cells, artifacts=artifacts, counts=scale == "counts",
+                    given_slab=given_slab,
+                )  # fmt: skip
                 add(cells, draw, codes, sizes)
             advance()
         return totals
@@ -487,9 +497,22 @@ def _contrasts(
 
     over_draws(
         posterior, groups.data, use, draws=draws, counts=draws if scale == "counts" else 0,
-        seed=seed,
+        seed=seed, given_slab=given_slab,
     )  # fmt: skip
     return totals
+
+
+def _both_contrasts(
+    posterior: Posterior,
+    worlds: Sequence[CheckedIntervention],
+    base: CheckedIntervention,
+    **how: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return draws of the posterior, and of the posterior given that there are effects."""
+    values = _contrasts(posterior, worlds, base, given_slab=False, **how)
+    if not has_slab(posterior.guide, empty_batch(posterior, 1)):
+        return values, values
+    return values, _contrasts(posterior, worlds, base, given_slab=True, **how)
 
 
 def _expression(
@@ -525,9 +548,10 @@ def _all_labels(posterior: Posterior) -> list[str]:
     return [*schema.perturbations, *(label for label in others if label not in known)]
 
 
-def _table(genes: Sequence[str], values: np.ndarray) -> pd.DataFrame:
-    """Return the summary of draws, shape (draws, genes)."""
-    low, high = np.quantile(values, _INTERVAL, axis=0)
+def _table(genes: Sequence[str], values: np.ndarray, slab: np.ndarray) -> pd.DataFrame:
+    """Return the summary of draws and of draws given an effect, both of shape (draws, genes)."""
+    ends = [np.quantile(part, _INTERVAL, axis=0) for part in (values, slab)]
+    low, high = np.minimum(ends[0][0], ends[1][0]), np.maximum(ends[0][1], ends[1][1])
     summary: dict[str, Any] = {
         "gene": genes,
         "mean": values.mean(0),
