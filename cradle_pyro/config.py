@@ -69,6 +69,9 @@ class _Component(BaseModel):
 OptionalText: TypeAlias = Annotated[
     str | None, BeforeValidator(_none_from_text), PlainSerializer(_text_from_none)
 ]
+OptionalScale: TypeAlias = Annotated[
+    PositiveFloat | None, BeforeValidator(_none_from_text), PlainSerializer(_text_from_none)
+]
 OptionalCount: TypeAlias = Annotated[
     PositiveInt | None, BeforeValidator(_none_from_text), PlainSerializer(_text_from_none)
 ]
@@ -129,7 +132,7 @@ class GeneEffectConfig(_Component):
 
     `slab_probability` is the starting point, shared equally by the slabs; with `learn_weights`
     each perturbation's weights are fitted by marginal likelihood (empirical Bayes). With
-    `response`, a cell's basal state scales how strongly it responds.
+    `response`, a cell's basal state scales how strongly it responds to each perturbation.
     """
 
     spike_scale: PositiveFloat = 0.01
@@ -145,7 +148,10 @@ OptionalGeneEffect: TypeAlias = Annotated[
 
 
 class ModelConfig(_Component):
-    """The generative model, DESIGN section 2; the defaults switch every mechanism on."""
+    """The generative model, DESIGN section 2; the defaults switch every mechanism on.
+
+    `loading_scale` is the scale of the Laplace prior of the linear path's loadings of z_basal.
+    """
 
     n_latents: PositiveInt = 16
     n_artifact_latents: NonNegativeInt = 6
@@ -154,6 +160,7 @@ class ModelConfig(_Component):
     likelihood: Literal["nb", "poisson", "zinb", "normal"] = "nb"
     decoder: NetworkConfig = NetworkConfig(hidden=32, layers=0)
     linear_path: bool = True
+    loading_scale: OptionalScale = 0.1
     mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     effect_scale: PositiveFloat = 1.0
     latent_effect: bool = True

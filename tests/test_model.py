@@ -197,9 +197,12 @@ def test_structural_equations_by_hand(combine, linear_path, has_rest, covariates
         if covariates:
             states.append(batch.covariates[n])
         logits = model.decoder(*(state[None] for state in states))[0]
-        shift = sum(d[t] * latents[sites.GENE_EFFECT][t] for t in range(N_PERTURBATIONS))
-        response = torch.sigmoid(z @ model.response_loading + model.response_bias)
-        weights = (logits[:N_GENES] + own * response / mean_response(model) * shift).exp()
+        shift = torch.zeros(N_GENES, dtype=torch.float64)
+        for t in range(N_PERTURBATIONS):
+            loading, bias = response_parameters(model, t)
+            response = torch.sigmoid(z @ loading + bias) / mean_response(model, t)
+            shift = shift + d[t] * response * latents[sites.GENE_EFFECT][t]
+        weights = (logits[:N_GENES] + own * shift).exp()
         total = weights.sum() + (logits[N_GENES].exp() if has_rest else 0)
         rate = nodes[sites.RATE]["value"][n]
         torch.testing.assert_close(rate, weights / total)
@@ -223,9 +226,16 @@ def test_structural_equations_by_hand(combine, linear_path, has_rest, covariates
         torch.testing.assert_close(nodes[sites.COUNTS]["unscaled_log_prob"][n], counts[0])
 
 
-def mean_response(model: Cradle) -> float:
+def response_parameters(model: Cradle, perturbation: int) -> tuple[Tensor, Tensor]:
+    """Return loading and bias of the response to one perturbation."""
+    own = model.response_deviation[perturbation]
+    return model.response_loading + own[:-1], model.response_bias + own[-1]
+
+
+def mean_response(model: Cradle, perturbation: int) -> float:
     """Return the mean response of a cell over the prior, by integration."""
-    loc, scale = model.response_bias.item(), model.response_loading.norm().item()
+    loading, bias = response_parameters(model, perturbation)
+    loc, scale = bias.item(), loading.norm().item()
     return integrate.quad(
         lambda x: expit(x) * stats.norm(loc, scale).pdf(x), -40, 40, points=[loc]
     )[0]
@@ -302,8 +312,9 @@ def test_gene_effects_are_averages_over_the_cells_of_the_prior(size) -> None:
     with torch.no_grad():
         model.response_loading.copy_(size * torch.randn(N_LATENTS))
         model.response_bias.fill_(0.3)
+        model.response_deviation.mul_(size)
     batch = make_batch(schema, n_cells=1, dtype=torch.float64).take(torch.zeros(20_000).long())
-    batch = batch.replace(perturbation=torch.ones_like(batch.perturbation))
+    batch = batch.replace(perturbation=torch.eye(N_PERTURBATIONS)[[1]].expand(20_000, -1).double())
     change, plain = log_fold_change(model, batch, torch.randn(20_000, N_LATENTS).double())
     ratio = (change / plain)[:, 0].detach()
     assert abs(ratio.mean() - 1) < 4.5 * ratio.std() / len(ratio) ** 0.5
@@ -323,6 +334,42 @@ def test_without_response_the_direct_change_is_the_plain_sum() -> None:
     assert not any(name.startswith("response") for name, _ in model.named_parameters())
 
 
+def test_each_perturbation_has_its_own_response() -> None:
+    schema = make_schema()
+    model, _ = make_pair(schema, dtype=torch.float64)
+    batch = make_batch(schema, dtype=torch.float64)
+    z_basal = torch.randn(N_CELLS, N_LATENTS).double()
+    singles = []
+    for t in range(N_PERTURBATIONS):
+        alone = torch.eye(N_PERTURBATIONS)[t].expand(N_CELLS, -1).double()
+        torch.manual_seed(0)
+        change, plain = log_fold_change(model, batch.replace(perturbation=alone), z_basal)
+        singles.append(change)
+        torch.testing.assert_close(change / plain, (change / plain)[:, :1].expand_as(plain))
+    ratios = model.response(z_basal).detach()
+    assert (ratios.diff(dim=1).abs() > 1e-3).any(1).all()
+    torch.manual_seed(0)
+    together = batch.replace(perturbation=torch.ones_like(batch.perturbation))
+    both, _ = log_fold_change(model, together, z_basal)
+    torch.testing.assert_close(both, sum(singles))
+
+
+def test_loadings_of_the_basal_state_have_a_laplace_prior() -> None:
+    model, _ = make_pair(n_cells=40, model={"loading_scale": 0.5})
+    weight = model.decoder.linear[0].weight
+    assert [p is weight for p in model.sparse_loadings()] == [True]
+    expected = torch.distributions.Laplace(0.0, 0.5).log_prob(weight).sum() / 40
+    constant = torch.distributions.Laplace(0.0, 0.5).log_prob(torch.zeros(())) * weight.numel() / 40
+    torch.testing.assert_close(model.log_prior(), expected - constant)
+
+
+@pytest.mark.parametrize("settings", [{"loading_scale": None}, {"linear_path": False}])
+def test_without_a_scale_or_a_linear_path_no_parameter_has_a_prior(settings) -> None:
+    model, _ = make_pair(model=settings)
+    assert not model.sparse_loadings()
+    assert model.log_prior() == 0
+
+
 def test_controls_have_no_direct_change_whatever_their_state() -> None:
     schema = make_schema()
     model, _ = make_pair(schema, dtype=torch.float64)
@@ -336,6 +383,8 @@ def test_cells_respond_apart_by_their_basal_state_and_less_along_the_loading() -
     schema = make_schema()
     model, _ = make_pair(schema, dtype=torch.float64)
     batch = make_batch(schema, dtype=torch.float64)
+    with torch.no_grad():
+        model.response_deviation.zero_()
     loading = model.response_loading.detach()
     along = (
         torch.linspace(-40, 40, N_CELLS, dtype=torch.float64)[:, None] * loading / loading.norm()
@@ -345,7 +394,7 @@ def test_cells_respond_apart_by_their_basal_state_and_less_along_the_loading() -
     ratio = (change / plain)[:, 0]
     assert (ratio.diff() > 0).all()
     assert ratio[0] < 1e-3  # escapes
-    assert ratio[-1].item() == pytest.approx(1 / mean_response(model), rel=1e-3)  # in full
+    assert ratio[-1].item() == pytest.approx(1 / mean_response(model, 0), rel=1e-3)  # in full
 
 
 # ------------------------------------------------------------------------------------ permuting

@@ -33,7 +33,10 @@ from cradle_pyro.inference.objectives import CradleELBO
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch
 
-__all__ = ["History", "TrainingLoop", "make_trainer", "quiet_lightning"]
+__all__ = ["PRIOR", "History", "TrainingLoop", "make_trainer", "quiet_lightning"]
+
+PRIOR = "prior"
+"""Term of the training loss: minus the log-prior of the model's parameters, nats per cell."""
 
 _TRAIN, _VALIDATION = "train", "val"
 _MATRIX = 2  # dimensions of a weight matrix
@@ -106,20 +109,25 @@ class TrainingLoop(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the schedule; parameters fall into three groups.
 
-        Free parameters of the global guide learn at their own rate. Only weight matrices decay,
-        decoupled from the gradient (Loshchilov and Hutter 2019, Decoupled Weight Decay
-        Regularization).
+        Free parameters of the global guide learn at their own rate. Only weight matrices without a
+        prior of their own decay, decoupled from the gradient (Loshchilov and Hutter 2019, Decoupled
+        Weight Decay Regularization).
         """
         config = self.config
+        own_prior = {id(p) for p in getattr(self.model, "sparse_loadings", list)()}
         fast = {id(p) for p in getattr(self.guide, "global_parameters", list)()}
         slow = [p for p in self.parameters() if id(p) not in fast]
+
+        def decays(parameter: nn.Parameter) -> bool:
+            return parameter.dim() >= _MATRIX and id(parameter) not in own_prior
+
         groups: list[dict[str, Any]] = [
             {
-                "params": [p for p in slow if p.dim() >= _MATRIX],
+                "params": [p for p in slow if decays(p)],
                 "lr": config.learning_rate,
                 "weight_decay": config.weight_decay,
             },
-            {"params": [p for p in slow if p.dim() < _MATRIX], "lr": config.learning_rate},
+            {"params": [p for p in slow if not decays(p)], "lr": config.learning_rate},
             {
                 "params": [p for p in self.parameters() if id(p) in fast],
                 "lr": config.effect_learning_rate,
@@ -156,6 +164,9 @@ class TrainingLoop(L.LightningModule):
 
     def _step(self, batch: Batch, stage: str) -> Tensor:
         terms = self._terms(batch)
+        log_prior: Any = getattr(self.model, "log_prior", None)
+        if stage == _TRAIN and log_prior is not None:
+            terms[PRIOR] = -log_prior()
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
             bad = [name for name, value in terms.items() if not torch.isfinite(value)]

@@ -91,6 +91,9 @@ class Cradle(nn.Module):
         if self.has_response:
             self.response_loading = nn.Parameter(0.2 * torch.randn(config.n_latents))
             self.response_bias = nn.Parameter(torch.tensor(1.0))
+            # What a perturbation's own response adds to both, bias last; it decays, they do not.
+            own = torch.zeros(schema.n_perturbations, config.n_latents + 1)
+            self.response_deviation = nn.Parameter(own)
         self.n_artifact_latents = config.n_artifact_latents if schema.n_artifacts else 0
         self.artifact_loading = nn.Parameter(
             0.3 * torch.randn(self.n_artifact_latents, config.n_latents)
@@ -242,19 +245,39 @@ class Cradle(nn.Module):
     ) -> Tensor | None:
         """Return the direct change of the logits, shape (..., cells, genes).
 
-        The cell's basal state scales it, from cells that escape to cells that respond in full:
-        a logistic function of z_basal with mean one over the prior, so that the gene effects stay
-        averages over cells.
+        The cell's basal state scales each perturbation's effects, from cells that escape to cells
+        that respond in full: a logistic function of z_basal with mean one over the prior, so that
+        the gene effects stay averages over cells.
         """
         if gene_effect is None:
             return None
-        change = perturbation @ gene_effect
-        if not self.has_response:
-            return change
-        loading, bias = self.response_loading, self.response_bias
-        mean = normal_expectation(bias, loading.norm(), torch.sigmoid)
-        response = torch.sigmoid(z_basal @ loading + bias) / mean
-        return response.unsqueeze(-1) * change
+        if self.has_response:
+            perturbation = perturbation * self.response(z_basal)
+        return perturbation @ gene_effect
+
+    def response(self, z_basal: Tensor) -> Tensor:
+        """Return how strongly cells respond to each perturbation, shape (..., cells, T)."""
+        loading = self.response_loading + self.response_deviation[:, :-1]
+        bias = self.response_bias + self.response_deviation[:, -1]
+        mean = normal_expectation(bias, loading.norm(dim=-1), torch.sigmoid)
+        return torch.sigmoid(z_basal @ loading.transpose(-1, -2) + bias) / mean
+
+    def log_prior(self) -> Tensor:
+        """Return the log-density of the parameters that have a prior, in nats per training cell.
+
+        The loadings of the basal state are Laplace: most genes follow few of its directions. A
+        constant is left out.
+        """
+        total = self.artifact_loading.new_zeros(())
+        for loading in self.sparse_loadings():
+            total = total - loading.abs().sum()
+        return total / ((self.config.loading_scale or 1.0) * self.n_cells)
+
+    def sparse_loadings(self) -> list[nn.Parameter]:
+        """Return the parameters with a Laplace prior."""
+        if self.config.loading_scale is None or not len(self.decoder.linear):
+            return []
+        return list(self.decoder.linear[0].parameters())
 
     def rate(
         self,
