@@ -286,21 +286,21 @@ def demo(
     settings: Settings = None,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate, annotate, train and evaluate a screen: the whole story in minutes.
+    """Simulate, annotate, train and evaluate a screen, and ask it: the whole story in minutes.
 
     Example: cradle-pyro demo --out demo
     """
-    from cradle_pyro.reporting.table import render
+    from cradle_pyro.reporting.table import render, render_frame
     from cradle_pyro.workflow import run_demo
 
     console = _console(quiet)
     resolved = _config(config, settings, {}) if config or settings else None
-    evaluation, report = run_demo(
-        out, resolved, seed=seed, smoke=smoke, progress=not quiet, say=console.print
-    )
-    for table in render(evaluation):
+    found = run_demo(out, resolved, seed=seed, smoke=smoke, progress=not quiet, say=console.print)
+    for table in render(found.evaluation):
         console.print(table)
-    console.print(f"Report: {report}")
+    for title, frame in found.answers.items():
+        console.print(render_frame(title, frame))
+    console.print(f"Report: {found.report}")
 
 
 def _config(path: Path | None, settings: list[str] | None, flags: Mapping[str, object]) -> Config:

@@ -1,4 +1,4 @@
-"""Whole jobs on files, as the command line offers them: train a run, evaluate it, the demo."""
+"""Whole jobs on files, as the command line offers them: train, evaluate, ask, the demo."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,8 +16,8 @@ from anndata import AnnData
 from cradle_pyro.config import Config
 from cradle_pyro.data.confounding import confounding_report, warn_confounding
 from cradle_pyro.data.fields import check_target, read_screen, write_h5ad_atomic
-from cradle_pyro.data.prepare import prepare, prepare_query
-from cradle_pyro.data.qc import QCThresholds
+from cradle_pyro.data.prepare import Prepared, prepare, prepare_query
+from cradle_pyro.data.qc import QCThresholds, qc_metrics
 from cradle_pyro.errors import DataError, DataWarning, shown
 from cradle_pyro.evaluation.evaluate import Evaluation
 from cradle_pyro.evaluation.evaluate import evaluate as evaluate_posterior
@@ -26,12 +27,13 @@ from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.inference.train import fit
 from cradle_pyro.queries.counterfactual import counterfactual
 from cradle_pyro.queries.effects import Kind, effects
-from cradle_pyro.queries.interventions import Intervention, check
-from cradle_pyro.reporting.table import write_text_report
+from cradle_pyro.queries.interventions import Intervention, check, do
+from cradle_pyro.reporting.table import strongest_effects, write_text_report
 from cradle_pyro.simulate.perturbseq import simulate_perturbseq
 
 __all__ = [
     "DEMO_SETTINGS",
+    "Demo",
     "effects_run",
     "evaluate_run",
     "query_run",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _SPLIT = "cradle_split"
+_CALL_RATE = 0.1
 DEMO_SETTINGS = (
     "data.layer='counts'",
     "data.covariate_keys=['batch']",
@@ -59,6 +62,24 @@ _SMOKE_SETTINGS = (
     "evaluation.split_half_repeats=3",
 )
 _SMOKE_SIZE = {"n_cells": 400, "n_genes": 80, "n_perturbations": 5, "n_pairs": 3}
+
+
+class Demo(NamedTuple):
+    """What the demo found.
+
+    Parameters
+    ----------
+    evaluation
+        On held-out cells and against the truth.
+    answers
+        Title to table.
+    report
+        Path of the report.
+    """
+
+    evaluation: Evaluation
+    answers: dict[str, pd.DataFrame]
+    report: Path
 
 
 def train_run(
@@ -254,13 +275,13 @@ def run_demo(
     smoke: bool = False,
     progress: bool = True,
     say: Callable[[str], object] = lambda text: None,
-) -> tuple[Evaluation, Path]:
-    """Simulate, annotate, train and evaluate; return the evaluation and the report's path.
+) -> Demo:
+    """Simulate, annotate, train, evaluate and ask; return what was found.
 
     Parameters
     ----------
     out
-        Directory for screen.h5ad, the run and report.md.
+        Directory for screen.h5ad, the run, clean.h5ad, effects.h5ad and report.md.
     config
         Settings; by default those of the demo: counts layer, a quarter of the pairs held out.
     seed
@@ -291,7 +312,46 @@ def run_demo(
     posterior = _train(prepared.adata, path, out / "run", config, resume=False, progress=progress)
     say("Evaluating on held-out cells and against the truth ...")
     evaluation, _ = _evaluate(posterior, prepared.adata, path, out / "run" / "metrics.json")
-    return evaluation, write_text_report(evaluation, out / "report.md")
+    say("Asking which genes each perturbation moves, and what failing cells would be without ...")
+    answers = _ask(posterior, prepared, out, progress=progress)
+    return Demo(evaluation, answers, write_text_report(evaluation, out / "report.md", answers))
+
+
+def _ask(
+    posterior: Posterior, prepared: Prepared, out: Path, *, progress: bool
+) -> dict[str, pd.DataFrame]:
+    """Write effects.h5ad and clean.h5ad; return what a biologist would read off them first."""
+    adata, data = prepared
+    truth = truth_of(adata)
+    assert truth is not None  # the demo's screen is simulated
+    table = effects(posterior, truth.labels, progress=progress)
+    table.layers["truth"] = truth.effects
+    write_h5ad_atomic(table, out / "effects.h5ad")
+    called = (table.layers["s_value"] <= _CALL_RATE).sum(1)
+    label = str(table.obs_names[int(np.argmax(called))])
+    failing = np.flatnonzero(data.failing & (np.asarray(data.split) == "test"))
+    clean = counterfactual(posterior, adata[failing], do(artifact=0), draws=50, progress=progress)
+    write_h5ad_atomic(clean, out / "clean.h5ad")
+    return {
+        f"What does {label} do? Genes it changes most (log2, artifact = 0)": strongest_effects(
+            table, label
+        ),
+        "What would failing cells be without their artifact? Medians": _before_and_after(
+            adata[failing], clean, posterior.config
+        ),
+    }
+
+
+def _before_and_after(before: AnnData, after: AnnData, config: Config) -> pd.DataFrame:
+    """Return medians of QC metrics of cells as observed and as they would have been."""
+    counts = before.layers[config.data.layer] if config.data.layer else before.X
+    metrics = {
+        "observed": qc_metrics(counts, before.var_names),
+        "artifact = 0": qc_metrics(after.layers["counts"], after.var_names),
+    }
+    return pd.DataFrame(
+        {name: {key: np.median(v) for key, v in one.items()} for name, one in metrics.items()}
+    ).rename_axis("of each cell")
 
 
 def _covariate_table(adata: AnnData, config: Config) -> pd.DataFrame | None:

@@ -28,8 +28,11 @@ def test_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
     for number, block in enumerate(BLOCKS, 1):
         exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
     n_cells, n_genes = namespace["adata"].shape
-    assert len(namespace["effects"]) == n_genes
-    assert list(namespace["effects"]) == ["gene", "mean", "sd", "ci_low", "ci_high", "lfsr"]
+    assert len(namespace["effect"]) == n_genes
+    columns = re.search(r"The columns are `(gene, [^`]*)`", TEXT).group(1).split(", ")
+    assert list(namespace["effect"]) == columns
+    assert namespace["clean"].shape == namespace["there"].shape == namespace["failing"].shape
+    assert namespace["world"].n_obs == 50
     assert len(namespace["basal"]) == n_cells
     assert namespace["data"].n_cells == n_cells
     assert namespace["rates"].shape == (10, *namespace["rate"].shape)

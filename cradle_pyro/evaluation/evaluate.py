@@ -21,7 +21,12 @@ from cradle_pyro.errors import CheckpointError, DataError
 from cradle_pyro.evaluation.metrics import score_effects
 from cradle_pyro.evaluation.predictive import generated_qc, held_out_density
 from cradle_pyro.evaluation.reference import group_effects, split_half_ceiling
-from cradle_pyro.evaluation.truth import Truth, profile_errors
+from cradle_pyro.evaluation.truth import (
+    Truth,
+    control_errors,
+    effect_calibration,
+    profile_errors,
+)
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.queries.effects import effect_draws, generated_effects
 
@@ -125,7 +130,13 @@ def evaluate(
         facts |= _predictive_facts(posterior, train, test)
     if truth is not None:
         tables.append(_score_truth(posterior, train, truth, baselines))
-        facts["profiles"] = profile_errors(posterior, data, truth, seed=options.seed)
+        drawn = {"draws": options.draws, "seed": options.seed}
+        facts["profiles"] = profile_errors(posterior, data, truth, **drawn)
+        facts["controls"] = control_errors(posterior, data, truth, **drawn)
+        facts["intervals"] = effect_calibration(
+            posterior, truth, draws=2 * options.draws, n_cells=options.n_controls,
+            seed=options.seed,
+        )  # fmt: skip
     return Evaluation(pd.concat(tables, ignore_index=True), facts)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from cradle_pyro.evaluation.evaluate import CEILING, MODEL, Evaluation
 
-__all__ = ["markdown", "render", "write_text_report"]
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["markdown", "render", "render_frame", "strongest_effects", "write_text_report"]
 
 _METRICS = {
     "ate_rho": "ATE-ρ",
@@ -72,9 +76,59 @@ def _table(title: str, *, show_header: bool) -> Table:
     )
 
 
-def markdown(evaluation: Evaluation) -> str:
-    """Return the same tables as Markdown."""
-    lines = ["# Evaluation", ""]
+def strongest_effects(effects: AnnData, label: str, most: int = 10) -> pd.DataFrame:
+    """Return the genes on which a perturbation's effect is largest, for a table.
+
+    Parameters
+    ----------
+    effects
+        From :func:`~cradle_pyro.effects`; a layer ``truth`` is shown too.
+    label
+        Which perturbation.
+    most
+        Number of genes.
+    """
+    row = effects[label]
+    order = np.argsort(-np.abs(np.asarray(row.X).ravel()))[:most]
+    values = {
+        "effect": np.asarray(row.X).ravel(),
+        "from": np.asarray(row.layers["ci_low"]).ravel(),
+        "to": np.asarray(row.layers["ci_high"]).ravel(),
+        "lfsr": np.asarray(row.layers["lfsr"]).ravel(),
+    }
+    if "truth" in row.layers:
+        values["true effect"] = np.asarray(row.layers["truth"]).ravel()
+    return pd.DataFrame(values, index=effects.var_names.rename("gene")).iloc[order]
+
+
+def render_frame(title: str, frame: pd.DataFrame) -> Table:
+    """Return a terminal table of numbers with a column of names."""
+    table = _table(title, show_header=True)
+    table.add_column(str(frame.index.name or ""), no_wrap=True)
+    for heading in frame.columns:
+        table.add_column(str(heading), justify="right", no_wrap=True)
+    for name, values in frame.iterrows():
+        table.add_row(str(name), *(_number(value) for value in values))
+    return table
+
+
+def _markdown_frame(title: str, frame: pd.DataFrame) -> list[str]:
+    head = [str(frame.index.name or ""), *map(str, frame.columns)]
+    lines = [f"## {title}", "", "| " + " | ".join(head) + " |"]
+    lines.append("|---|" + "---:|" * len(frame.columns))
+    for name, values in frame.iterrows():
+        lines.append(f"| {name} | " + " | ".join(_number(v) for v in values) + " |")
+    return [*lines, ""]
+
+
+def markdown(evaluation: Evaluation, answers: Mapping[str, pd.DataFrame] | None = None) -> str:
+    """Return the same tables as Markdown, after the answers to questions (title to table)."""
+    lines = []
+    if answers:
+        lines += ["# Answers", ""]
+        for title, frame in answers.items():
+            lines += _markdown_frame(title, frame)
+    lines += ["# Evaluation", ""]
     for title, rows in _blocks(evaluation):
         lines += [f"## {title}", "", "| predictor | " + " | ".join(_METRICS.values()) + " |"]
         lines.append("|---|" + "---:|" * len(_METRICS))
@@ -87,10 +141,12 @@ def markdown(evaluation: Evaluation) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_text_report(evaluation: Evaluation, path: str | Path) -> Path:
+def write_text_report(
+    evaluation: Evaluation, path: str | Path, answers: Mapping[str, pd.DataFrame] | None = None
+) -> Path:
     """Write the Markdown tables and return their path."""
     path = Path(path)
-    path.write_text(markdown(evaluation), encoding="utf-8")
+    path.write_text(markdown(evaluation, answers), encoding="utf-8")
     return path
 
 
@@ -128,6 +184,17 @@ def _facts(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
         yield "failing cells, RMSE under artifact = 0", f"{profiles['cleaned']:.3f}"
         yield "  relative to mean passing cell", f"{profiles['cleaned_over_mean_passing']:.2f}"
         yield "  relative to raw", f"{profiles['cleaned_over_raw']:.2f}"
+    if "as_control" in facts.get("controls", {}):
+        controls = facts["controls"]
+        yield "perturbed cells as control, RMSE of mean control", f"{controls['mean_control']:.3f}"
+        yield "perturbed cells as control, RMSE", f"{controls['as_control']:.3f}"
+        yield "  relative to mean control", f"{controls['as_control_over_mean_control']:.2f}"
+        yield "correlation of single cells' own effects", f"{controls['individual']:.2f}"
+    if "intervals" in facts:
+        intervals = facts["intervals"]
+        yield "95 % intervals holding true effects > 0.1", f"{intervals['coverage']:.1%}"
+        yield "95 % intervals holding the truth, all genes", f"{intervals['coverage_all']:.1%}"
+        yield "wrong signs among calls at 10 %", f"{intervals['false_sign_rate']:.1%}"
 
 
 def _number(value: float) -> str:

@@ -80,6 +80,8 @@ def execute(run: Run) -> pd.DataFrame:
     trained = time.perf_counter() - start
     evaluation = cp.evaluate(posterior, prepared.data, truth=truth_of(prepared.adata))
     extra = {f"profile_{k}": v for k, v in evaluation.facts.get("profiles", {}).items()}
+    for part in ("controls", "intervals"):
+        extra |= {f"{part}_{k}": v for k, v in evaluation.facts.get(part, {}).items()}
     extra |= {
         "iwelbo": evaluation.facts["density"]["iwelbo_nats_per_cell"],
         "epochs": len(posterior.history),
