@@ -1,6 +1,6 @@
-"""Measure the queries on real cells: exactness, cleaning of known artifacts, time.
+"""Measure the queries: exactness, cleaning of known artifacts, time, and what can be known at all.
 
-    python docs/results/make_queries.py exact corrupted speed
+    python docs/results/make_queries.py exact corrupted speed floor
 
 Prints one line per figure and seed, and writes them to ``queries.csv`` beside this file. The
 screen is read from ``../shared/data`` (or ``$CRADLE_SCREENS``). Figures on the simulated screen
@@ -262,7 +262,84 @@ def speed(seed: int) -> Figures:
         yield f"{name}: seconds", time.perf_counter() - start
 
 
-PARTS = {"exact": exact, "corrupted": corrupted, "speed": speed}
+def floor(seed: int) -> Figures:
+    """Yield how well perturbed cells' control profiles can be known at all, on the demo's screen.
+
+    RMSE of log(1 + 1e4 fraction) over that of the mean control cell, as the demo reports it for the
+    model, of estimates that are given the truth of everything but the cell's basal state: the
+    loadings of all basal states (16 principal components of the true log control rates), the
+    dispersions, and what the perturbation does, on average or to this very cell. The basal state
+    is inferred from the counts by variational inference for each cell.
+    """
+    from cradle_pyro.evaluation.metrics import rmse
+    from cradle_pyro.workflow import DEMO_SETTINGS
+
+    settings = [*DEMO_SETTINGS, f"split.seed={seed}", f"train.seed={seed}"]
+    adata, data = cp.prepare(cp.simulate_perturbseq(seed=seed), cp.Config().with_settings(settings))
+    split, control = np.asarray(data.split), data.schema.control
+    rows = np.flatnonzero((split == "test") & data.passing & (data.labels != control))
+    true = {name: np.asarray(adata.layers[name]) for name in ("true_rate", "true_rate_control")}
+    target = np.log1p(SCALE * true["true_rate_control"][rows])
+    log_control = np.log(true["true_rate_control"] + 1e-9)
+    change = np.log(true["true_rate"] + 1e-9) - log_control
+    labels = data.labels[rows]
+    average = {label: change[data.labels == label].mean(0) for label in np.unique(labels)}
+    mean = mean_passing_profiles(data.where(split="train"), np.array([control]))
+    baseline = rmse(np.broadcast_to(np.log1p(SCALE * mean), target.shape), target)
+    dispersion = adata.var["true_dispersion"].to_numpy()
+    for name, effect in (
+        ("average effect known", np.stack([average[label] for label in labels])),
+        ("each cell's own effect known", change[rows]),
+    ):
+        found = known_loadings(data.subset(rows), log_control, effect, dispersion, seed)
+        yield f"as control, relative to mean control: {name}", rmse(found, target) / baseline
+
+
+def known_loadings(
+    cells: cp.CellData,
+    log_rates: np.ndarray,
+    effect: np.ndarray,
+    dispersion: np.ndarray,
+    seed: int,
+    n_latents: int = 16,
+) -> np.ndarray:
+    """Return expected log profiles under control of cells whose basal states are inferred."""
+    import torch
+
+    from cradle_pyro.model.likelihoods import GeneNegativeBinomial
+    from cradle_pyro.seeding import seeded
+
+    mean = log_rates.mean(0)
+    _, size, directions = np.linalg.svd(log_rates - mean, full_matrices=False)
+    loading = directions[:n_latents] * size[:n_latents, None] / np.sqrt(len(log_rates))
+    loading, mean, effect, dispersion = (
+        torch.as_tensor(part, dtype=torch.float32) for part in (loading, mean, effect, dispersion)
+    )
+    batch = cells.batch()
+    with seeded(seed):
+        loc = torch.zeros(len(batch), n_latents, requires_grad=True)
+        log_scale = torch.full((len(batch), n_latents), -1.0, requires_grad=True)
+        optimizer = torch.optim.Adam([loc, log_scale], lr=0.05)
+
+        def states() -> torch.Tensor:
+            return loc + log_scale.exp() * torch.randn_like(loc)
+
+        for _ in range(300):
+            rate = torch.softmax(mean + states() @ loading + effect, -1)
+            fit = GeneNegativeBinomial(batch.library[:, None] * rate, dispersion)
+            divergence = 0.5 * (loc**2 + (2 * log_scale).exp() - 1) - log_scale
+            loss = (divergence.sum(-1) - fit.log_prob(batch.counts)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            profiles = [
+                torch.log1p(SCALE * torch.softmax(mean + states() @ loading, -1)) for _ in range(50)
+            ]
+    return torch.stack(profiles).mean(0).numpy()
+
+
+PARTS = {"exact": exact, "corrupted": corrupted, "speed": speed, "floor": floor}
 
 
 def main() -> None:
