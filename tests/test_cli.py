@@ -18,7 +18,7 @@ from cradle_pyro.config import Config
 from cradle_pyro.data.fields import write_h5ad_atomic
 from cradle_pyro.inference.checkpoint import load
 
-COMMANDS = ("simulate", "annotate", "train", "evaluate", "demo")
+COMMANDS = ("simulate", "annotate", "train", "evaluate", "query", "effects", "demo")
 TINY = [part for setting in SETTINGS for part in ("--set", setting)]
 
 
@@ -140,6 +140,82 @@ def test_evaluate_writes_into_the_run_by_default_and_gives_the_same_twice(traine
     assert (trained / "metrics.json").read_text() == first
 
 
+FACTUAL = ["--do", "perturbation=factual", "--do", "artifact=factual"]
+
+
+def test_a_query_of_what_was_returns_the_observed_counts(screen, trained, tmp_path, capsys):
+    """The cells need no annotation: the run's thresholds find their flags."""
+    out = tmp_path / "same.h5ad"
+    assert run("query", trained, "--cells", screen, *FACTUAL, "--out", out, "--draws", 2) == 0
+    assert f"Wrote {out}: 180 cells x 60 genes" in capsys.readouterr().out
+    observed, same = anndata.read_h5ad(screen), anndata.read_h5ad(out)
+    assert list(same.obs_names) == list(observed.obs_names)
+    assert (same.layers["counts"] != observed.layers["counts"]).nnz == 0
+    assert set(same.layers) == {"counts", "rate", "rate_sd"}
+    assert same.uns["cradle_query"]["draws"] == 2
+
+
+def test_a_query_intervenes_and_says_what_was_never_seen(screen, trained, tmp_path, capsys):
+    out = tmp_path / "pair.h5ad"
+    act = ["--do", "perturbation=CEBPA+KLF1", "--do", "artifact=0", "--do", "library=700"]
+    arguments = ["query", trained, "--cells", screen, *act, "--out", out, "--draws", 3]
+    assert run(*arguments, "--count-draws", 2, "--seed", 4) == 0
+    printed = capsys.readouterr()
+    assert "never screened" in " ".join(printed.err.split())
+    answer = anndata.read_h5ad(out)
+    assert answer.obs["cradle_out_of_support"].all()
+    assert (answer.obs["cradle_library"] == 700).all()
+    assert {"counts", "counts_1"} <= set(answer.layers)
+    assert run(*arguments, "--count-draws", 2, "--seed", 4, "--quiet") == 0
+    again = anndata.read_h5ad(out)
+    assert (again.layers["counts_1"] != answer.layers["counts_1"]).nnz == 0
+
+
+def test_effects_of_all_perturbations_and_of_some(trained, tmp_path, capsys):
+    out = tmp_path / "effects.h5ad"
+    assert run("effects", trained, "--out", out, "--draws", 5) == 0
+    assert "4 perturbations x 60 genes" in capsys.readouterr().out
+    table = anndata.read_h5ad(out)
+    assert set(table.layers) == {"sd", "ci_low", "ci_high", "lfsr", "s_value"}
+    some = ["--perturbation", "KLF1", "--perturbation", "GATA1", "--draws", 5, "--quiet"]
+    assert run("effects", trained, "--out", out, *some) == 0
+    few = anndata.read_h5ad(out)
+    assert list(few.obs_names) == ["KLF1", "GATA1"]
+    np.testing.assert_array_equal(few.X, table[["KLF1", "GATA1"]].X)
+    assert run("effects", trained, "--out", out, "--total", *some) == 0
+    assert (anndata.read_h5ad(out).X != few.X).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--do", "perturbation=KLF"], "did you mean 'KLF1'"),
+        (["--do", "artifact=1"], "does not say which of the flags"),
+        (["--do", "artefact=0"], "did you mean 'artifact'"),
+        (["--do", "artifact"], "Expected site=value"),
+        (["--do", "artifact=0", "--do", "artifact=typical"], "one value in a world"),
+        (["--do", "library=-3"], "positive number"),
+        (["--do", "artifact=0", "--count-draws", "30"], "count_draws=30"),
+    ],
+)
+def test_a_mistake_in_a_query(reason, screen, trained, tmp_path, options, message):
+    out = tmp_path / "a.h5ad"
+    assert message in reason("query", trained, "--cells", screen, "--out", out, *options)
+    assert not out.exists()
+
+
+def test_a_mistake_in_the_cells_of_a_query(reason, trained, tmp_path):
+    def unknown(adata):
+        adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace("KLF1", "KLF9")
+
+    out = ["--do", "artifact=0", "--out", tmp_path / "a.h5ad"]
+    assert "absent from training" in reason(
+        "query", trained, "--cells", write(tmp_path, unknown), *out
+    )
+    assert "no file at" in reason("query", trained, "--cells", tmp_path / "none.h5ad", *out)
+    assert "did you mean" in reason("effects", trained, *out[2:], "--perturbation", "KLF")
+
+
 def test_resume_goes_on_to_more_epochs(screen, tmp_path):
     arguments = ["train", screen, "--out", tmp_path, "--quiet", *TINY]
     arguments += ["--set", "train.schedule=constant"]
@@ -155,6 +231,11 @@ def test_demo_smoke(tmp_path, capsys):
     assert "Known truth, held-out perturbations" in printed
     report = (tmp_path / "demo" / "report.md").read_text(encoding="utf-8")
     assert "**this model**" in report
+    assert "What would failing cells be without their artifact?" in printed
+    assert report.startswith("# Answers")
+    assert anndata.read_h5ad(tmp_path / "demo" / "clean.h5ad").obs["cradle_artifact"].all()
+    effects = anndata.read_h5ad(tmp_path / "demo" / "effects.h5ad")
+    assert effects.layers["truth"].shape == effects.shape
     # What the demo leaves behind is an ordinary run on an ordinary screen.
     assert (tmp_path / "demo" / "screen.h5ad").is_file()
     assert load(tmp_path / "demo" / "run").history["epoch"].tolist() == [0, 1]
@@ -180,7 +261,7 @@ def test_zarr_stores_are_screens_too(tmp_path):
     assert run("train", tmp_path / "a.zarr", "--out", tmp_path / "run", "--quiet", *TINY) == 0
 
 
-@pytest.mark.parametrize("command", ["simulate", "annotate", "train", "evaluate", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_quiet_prints_nothing(command, screen, trained, tmp_path, capfd):
     arguments = {
         "simulate": ["--out", tmp_path / "a.h5ad", "--cells", 100, "--genes", 80,
@@ -188,6 +269,8 @@ def test_quiet_prints_nothing(command, screen, trained, tmp_path, capfd):
         "annotate": [screen, "--out", tmp_path / "b.h5ad", *TINY],
         "train": [screen, "--out", tmp_path / "run", *TINY],
         "evaluate": [trained, "--out", tmp_path / "metrics.json"],
+        "query": [trained, "--cells", screen, "--do", "artifact=0", "--out", tmp_path / "c.h5ad"],
+        "effects": [trained, "--out", tmp_path / "e.h5ad", "--draws", 2],
         "demo": ["--out", tmp_path / "demo", "--smoke"],
     }[command]  # fmt: skip
     capfd.readouterr()
@@ -364,6 +447,8 @@ def test_a_place_that_cannot_be_written(reason, command, screen, trained, tmp_pa
         "annotate": [screen, "--out", blocked / "a.h5ad", *TINY],
         "train": [screen, "--out", blocked / "run", *TINY],
         "evaluate": [trained, "--out", blocked / "metrics.json"],
+        "query": [trained, "--cells", screen, "--do", "artifact=0", "--out", blocked / "a.h5ad"],
+        "effects": [trained, "--out", blocked / "a.h5ad"],
         "demo": ["--out", blocked / "demo", "--smoke"],
     }[command]
 
@@ -374,6 +459,8 @@ def test_a_place_that_cannot_be_written(reason, command, screen, trained, tmp_pa
     monkeypatch.setattr("cradle_pyro.workflow.simulate_perturbseq", never)
     monkeypatch.setattr("cradle_pyro.data.prepare.annotate_artifacts", never)
     monkeypatch.setattr("cradle_pyro.workflow.evaluate_posterior", never)
+    monkeypatch.setattr("cradle_pyro.workflow.counterfactual", never)
+    monkeypatch.setattr("cradle_pyro.workflow.effects", never)
     assert str(blocked) in reason(command, *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -105,7 +105,8 @@ def control_errors(
     if truth.rate_control is None or not len(rows):
         return {"n_cells": 0}
     cells = data.subset(rows)
-    control = do(perturbation=data.schema.control)
+    # The truth is that of the cell without an artifact, whatever its risk under control.
+    control = do(perturbation=data.schema.control, artifact=0)
     answer = counterfactual(posterior, cells, control, draws=draws, count_draws=0, seed=seed)
     own = cell_effect(posterior, cells, control, draws=draws, seed=seed).X
     target = _log_profile(truth.rate_control[rows])
