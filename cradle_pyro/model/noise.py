@@ -35,11 +35,13 @@ from .quantiles import (
     ZeroInflatedCounts,
     count_at,
     count_noise,
+    dropout_noise,
 )
 
 __all__ = [
     "AbstractNoise",
     "CountSiteNoise",
+    "DropoutSiteNoise",
     "PresenceNoise",
     "ResidualNoise",
     "WithNoise",
@@ -77,8 +79,37 @@ class CountSiteNoise(AbstractNoise):
 
     def value_under(self, fn: _Distribution) -> Tensor:
         """Return the counts at these quantiles of `fn`."""
-        elements = count_elements(fn, self.shape)
+        elements = count_elements(innermost(fn), self.shape)
         return count_at(elements, self.quantile).reshape(self.shape).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class DropoutSiteNoise(AbstractNoise):
+    """Quantiles of counts before dropout, and what drops them, gene by gene.
+
+    Parameters
+    ----------
+    quantile
+        A uniform number for every element before dropout.
+    dropout
+        Uniform numbers; an element is dropped where they lie below the probability of dropout.
+    shape, dtype
+        Of the counts.
+    """
+
+    quantile: CountNoise
+    dropout: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def value_under(self, fn: _Distribution) -> Tensor:
+        """Return the counts at these quantiles of `fn`, dropped as there."""
+        elements = count_elements(innermost(fn), self.shape)
+        assert isinstance(elements, ZeroInflatedCounts)  # a site keeps its family in all worlds
+        counts = count_at(elements.counts, self.quantile)
+        dropped = self.dropout < torch.sigmoid(elements.dropout_logits)
+        counts = torch.where(dropped, torch.zeros_like(counts), counts)
+        return counts.reshape(self.shape).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -169,7 +200,7 @@ def abduct_noise(
     if isinstance(base, torch_dist.LogNormal | torch_dist.Normal | GeneNormal):
         return ResidualNoise(value, base.loc, base.scale, isinstance(base, torch_dist.LogNormal))
     try:
-        elements = count_elements(fn, value.shape)
+        elements = count_elements(base, value.shape)
     except TypeError:
         raise QueryError(
             f"Counterfactuals need the noise of the observed site '{name}', which cannot be "
@@ -177,8 +208,13 @@ def abduct_noise(
             "zero-inflated), Normal, LogNormal and Bernoulli; register others with "
             "cradle_pyro.model.noise.count_elements, or intervene on this site."
         ) from None
-    uniform = torch.rand(value.shape, device=value.device)
-    quantile = count_noise(elements, value.double().ravel(), uniform.ravel())
+    observed = value.double().ravel()
+    if isinstance(elements, ZeroInflatedCounts):
+        uniforms = _uniforms(3, value)
+        return DropoutSiteNoise(
+            *dropout_noise(elements, observed, uniforms), value.shape, value.dtype
+        )
+    quantile = count_noise(elements, observed, _uniforms(1, value)[0])
     return CountSiteNoise(quantile, value.shape, value.dtype)
 
 
@@ -219,11 +255,6 @@ def count_elements(fn: Any, shape: torch.Size) -> Counts:
 
 
 @count_elements.register
-def _(fn: torch_dist.Independent, shape: torch.Size) -> Counts:
-    return count_elements(fn.base_dist, shape)
-
-
-@count_elements.register
 def _(fn: GenePoisson, shape: torch.Size) -> Counts:
     return PoissonCounts(_flat(fn.loc, shape))
 
@@ -259,6 +290,12 @@ def _(fn: GeneZeroInflatedNegativeBinomial, shape: torch.Size) -> Counts:
 def _(fn: dist.ZeroInflatedDistribution, shape: torch.Size) -> Counts:
     counts = count_elements(fn.base_dist, shape)
     return ZeroInflatedCounts(counts, _flat(fn.gate_logits, shape))
+
+
+def _uniforms(n: int, value: Tensor) -> Tensor:
+    """Return numbers strictly between 0 and 1, shape (n, elements)."""
+    draws = torch.rand(n, value.numel(), device=value.device)
+    return draws.clamp(2.0**-25, 1 - 2.0**-24)
 
 
 def _flat(parameter: Tensor, shape: torch.Size) -> Tensor:

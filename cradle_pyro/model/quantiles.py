@@ -28,11 +28,13 @@ __all__ = [
     "ZeroInflatedCounts",
     "count_at",
     "count_noise",
+    "dropout_noise",
 ]
 
 _EPSILON = 1e-15
 _TINY = 1e-300
 _SMALLEST_MEAN = 1e-30
+_ROUNDING = 1e-11
 _MOST_ITERATIONS = 200_000
 _LOOK_EVERY = 4
 _LOG_HALF = math.log(0.5)
@@ -217,17 +219,49 @@ def count_noise(counts: Counts, observed: Tensor, uniform: Tensor) -> CountNoise
     observed
         Whole numbers >= 0, shape (elements,), double.
     uniform
-        In (0, 1), same shape, independent of everything. Shares nearer to the ends than 2⁻²⁵ are
-        moved there, so that rounding never takes u over them: :func:`count_at` returns the
-        observed counts exactly.
+        In (0, 1), same shape, independent of everything. Shares nearer to the ends than 2⁻²⁵ (more
+        where a count holds next to nothing of its tail) are moved there, so that rounding never
+        takes u over them: :func:`count_at` returns the observed counts exactly.
     """
-    least = 2.0**-25
-    share = uniform.to(observed.dtype).clamp(least, 1 - least)
     at, below = counts.log_tails(observed), counts.log_tails(observed - 1)
+    # How much of the smaller tail, the one that is used, the count holds.
+    width = -torch.expm1(torch.minimum(below.lower - at.lower, at.upper - below.upper))
+    least = (_ROUNDING / width.clamp(min=_TINY)).clamp(2.0**-25, 0.5)
+    share = torch.minimum(torch.maximum(uniform.to(observed.dtype), least), 1 - least)
     log_u = at.lower + torch.log((1 - share) * torch.exp(below.lower - at.lower) + share)
     log_rest = below.upper + torch.log(share * torch.exp(at.upper - below.upper) + (1 - share))
     is_upper = log_u > _LOG_HALF
     return CountNoise(torch.where(is_upper, log_rest, log_u), is_upper)
+
+
+def dropout_noise(
+    counts: ZeroInflatedCounts, observed: Tensor, uniforms: Tensor
+) -> tuple[CountNoise, Tensor]:
+    """Return the noise of counts before dropout, and the uniform numbers that drop them.
+
+    A count is dropped where its number lies below the probability of dropout, as the lowest
+    quantiles are. Kept apart, neither loses digits beside the other.
+
+    Parameters
+    ----------
+    counts
+        Distributions of the counts.
+    observed
+        Whole numbers >= 0, shape (elements,), double.
+    uniforms
+        In (0, 1), shape (3, elements), independent of everything.
+    """
+    first, second, third = uniforms.to(observed.dtype)
+    probability = torch.sigmoid(counts.dropout_logits)
+    at_zero = counts.counts.log_tails(torch.zeros_like(observed)).lower.exp()
+    share = probability / (probability + (1 - probability) * at_zero)
+    dropped = (observed == 0) & (second < share)
+    kept = count_noise(counts.counts, observed, first)
+    is_upper = torch.where(dropped, first > 0.5, kept.is_upper)
+    free = torch.where(first > 0.5, torch.log1p(-first), first.log())
+    noise = CountNoise(torch.where(dropped, free, kept.log_tail), is_upper)
+    at_least = probability + third * (1 - probability)
+    return noise, torch.where(dropped, third * probability, at_least)
 
 
 def count_at(counts: Counts, noise: CountNoise) -> Tensor:
@@ -352,9 +386,11 @@ def _stirling_error(value: Tensor) -> Tensor:
 
 
 def _deviance(value: Tensor, expected: Tensor) -> Tensor:
-    """Return value log(value / expected) + expected - value, accurate where they are close."""
+    """Return value log(value / expected) + expected - value, accurate near and far."""
     ratio = (expected - value) / value
-    return value * (ratio - torch.log1p(ratio))
+    near = ratio.abs() < 0.5
+    close = value * (ratio - torch.log1p(torch.where(near, ratio, torch.zeros_like(ratio))))
+    return torch.where(near, close, value * (value.log() - expected.log()) + (expected - value))
 
 
 class _Refined:

@@ -8,10 +8,11 @@ Pearl, "Causality", 2nd edition 2009, section 7.1.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -99,20 +100,37 @@ def hold_noise(
 ) -> Abduction:
     """Return the abduction of cells whose latents are known; arguments as in :func:`abduct`."""
     with torch.no_grad():
-        factual = poutine.trace(poutine.condition(model, data=dict(latents))).get_trace(batch)
-    latents, noise, values = dict(latents), {}, {}
+        factual = poutine.trace(_WithLatents(latents)(model)).get_trace(batch)
+    latents, known = dict(latents), set(latents)
+    noise, values = {}, {}
     for name, node in factual.nodes.items():
         if node["type"] != "sample" or site_is_subsample(node):
             continue
         values[name] = value = node["value"]
-        if node["infer"].get("_deterministic") or name in latents:
+        if node["infer"].get("_deterministic"):
             continue
-        if not node["is_observed"] or (name == sites.COUNTS and not counts):
+        # A latent that an edited model observes is held at the model's value, not the guide's.
+        is_latent = name in known or not node["is_observed"]
+        if is_latent or (name == sites.COUNTS and not counts):
             latents[name] = value
         else:
             fresh = fresh_artifact if name == sites.ARTIFACT else None
             noise[name] = abduct_noise(name, node["fn"], value, fresh=fresh)
     return Abduction(batch, latents, noise, values)
+
+
+class _WithLatents(Messenger):
+    """Gives latent sites their values; what the model observes itself stays as it is."""
+
+    def __init__(self, latents: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.latents = latents
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        if name in self.latents and not msg["is_observed"]:
+            msg["value"] = self.latents[name]
+            msg["is_observed"] = True
 
 
 def predict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -103,14 +104,14 @@ def counterfactual(
     """
     _check_draws(draws, count_draws)
     data = query_cells(posterior, cells)
-    checked = check(posterior, intervention)
+    checked = check(posterior, intervention, data.n_cells)
     shape = (data.n_cells, posterior.schema.n_genes)
     moments = _Moments(shape)
     kept: list[list[Any]] = [[] for _ in range(count_draws)]
     library = np.empty(data.n_cells, dtype=np.float32)
 
     def use(part: Part) -> None:
-        acts = checked.acts(part.abduction.batch, part.abduction.values)
+        acts = checked.acts(part.abduction.batch, part.abduction.values, part.rows)
         world = predict(posterior.model, part.abduction, acts)
         moments.add(part.rows, part.draw, world[sites.RATE].cpu().numpy())
         if part.draw == 0:
@@ -127,7 +128,7 @@ def counterfactual(
     for number, pieces in enumerate(kept):
         stack = np.concatenate if data.values == "lognorm" else _stacked
         layers["counts" if number == 0 else f"counts_{number}"] = stack(pieces)
-    return _as_anndata(posterior, cells, data, layers, checked, library, draws=draws, seed=seed)
+    return _as_anndata(posterior, cells, data, layers, [checked], library, draws=draws, seed=seed)
 
 
 def cell_effect(
@@ -164,13 +165,13 @@ def cell_effect(
     """
     _check_draws(draws)
     data = query_cells(posterior, cells)
-    checked = check(posterior, intervention)
-    base = check(posterior, do() if reference is None else reference)
+    checked = check(posterior, intervention, data.n_cells)
+    base = check(posterior, do() if reference is None else reference, data.n_cells)
     moments = _Moments((data.n_cells, posterior.schema.n_genes))
 
     def use(part: Part) -> None:
         first, second = (
-            log2_expression(posterior, predict_rate(posterior, part.abduction, one))
+            log2_expression(posterior, predict_rate(posterior, part.abduction, one, part.rows))
             for one in (checked, base)
         )
         moments.add(part.rows, part.draw, (first - second).cpu().numpy())
@@ -180,7 +181,8 @@ def cell_effect(
         progress=progress, what="Effects",
     )  # fmt: skip
     layers = {"effect": moments.mean, "sd": moments.sd(draws)}
-    result = _as_anndata(posterior, cells, data, layers, checked, None, draws=draws, seed=seed)
+    both = [checked, base]
+    result = _as_anndata(posterior, cells, data, layers, both, None, draws=draws, seed=seed)
     result.X = result.layers.pop("effect")
     result.uns["cradle_query"]["reference"] = str(base.intervention)
     result.uns["cradle_query"]["scale"] = "difference of log2(1 + 1e4 rate)"
@@ -188,10 +190,10 @@ def cell_effect(
 
 
 def predict_rate(
-    posterior: Posterior, abduction: Abduction, checked: CheckedIntervention
+    posterior: Posterior, abduction: Abduction, checked: CheckedIntervention, rows: slice
 ) -> Tensor:
     """Return the rate of cells under an intervention, shape (cells, genes)."""
-    acts = checked.acts(abduction.batch, abduction.values)
+    acts = checked.acts(abduction.batch, abduction.values, rows)
     return predict(posterior.model, abduction, acts)[sites.RATE]
 
 
@@ -262,7 +264,7 @@ def _as_anndata(
     cells: AnnData | CellData,
     data: CellData,
     layers: dict[str, Any],
-    checked: CheckedIntervention,
+    worlds: Sequence[CheckedIntervention],
     library: np.ndarray | None,
     **settings: int,
 ) -> AnnData:
@@ -275,15 +277,20 @@ def _as_anndata(
         var = pd.DataFrame(index=names)
     else:
         obs, var = cells.obs.copy(), cells.var.reindex(names)
-    notes = support_notes(posterior, checked, data.labels)
-    unsupported = {label for label, sentences in notes.items() if sentences}
-    one_label = checked.design is not None  # all cells end up with the same one
-    obs["cradle_out_of_support"] = (
-        bool(unsupported) if one_label else np.isin(data.labels, sorted(unsupported))
-    )
+    flagged = np.zeros(data.n_cells, dtype=bool)
+    notes: dict[str, list[str]] = {}
+    for world, one in enumerate(worlds):
+        found = support_notes(posterior, one, data.labels)
+        unsupported = sorted(label for label, sentences in found.items() if sentences)
+        # With a perturbation named, all cells end up with the same label.
+        flagged |= (
+            bool(unsupported) if one.design is not None else np.isin(data.labels, unsupported)
+        )
+        notes |= {f"{world} {label}": sentences for label, sentences in found.items()}
+    obs["cradle_out_of_support"] = flagged
     if library is not None:
         obs["cradle_library"] = library
-    record = query_record(posterior, checked, notes, **settings)
+    record = query_record(posterior, worlds[0], notes, **settings)
     return AnnData(
         layers.get("counts"), obs=obs, var=var, layers=layers, uns={"cradle_query": record}
     )

@@ -53,7 +53,8 @@ class Part(NamedTuple):
 
 def seed_of(*key: int) -> int:
     """Return a seed that depends on the whole key, such as query seed, draw, first cell."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+    # With its length: NumPy takes (0, 1) and (0, 1, 0) for the same.
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1)[0])
 
 
 def draw_globals(

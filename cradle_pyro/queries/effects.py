@@ -22,6 +22,7 @@ from cradle_pyro.queries.calls import s_values
 from cradle_pyro.queries.counterfactual import query_cells, query_record
 from cradle_pyro.queries.draws import Part, has_slab, over_draws, reference_draw, seed_of
 from cradle_pyro.queries.interventions import (
+    FACTUAL,
     CheckedIntervention,
     Intervention,
     check,
@@ -31,7 +32,7 @@ from cradle_pyro.queries.interventions import (
 )
 from cradle_pyro.queries.progress import progress_bar
 from cradle_pyro.queries.scale import is_log_normalised, log2_expression
-from cradle_pyro.queries.support import support_notes
+from cradle_pyro.queries.support import design_label, support_notes
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Schema
 
@@ -164,7 +165,11 @@ def compare(
         seed=seed,
     )  # fmt: skip
     labels = None if groups is None else groups.data.labels
-    notes = support_notes(posterior, checked, labels)
+    notes = {
+        f"{number} {label}": sentences
+        for number, one in enumerate((checked, base))
+        for label, sentences in support_notes(posterior, one, labels).items()
+    }
     record = query_record(
         posterior, checked, notes, reference=str(second), scale=_SCALES[scale], draws=draws,
         n_cells=n_cells, seed=seed,
@@ -287,14 +292,17 @@ def effects(
     schema = posterior.schema
     _check_scale(posterior, scale)
     labels = _all_labels(posterior) if labels is None else list(labels)
-    if len(set(labels)) < len(labels) or not labels:
-        raise QueryError(f"Expected different labels, at least one; found {shown(labels)}.")
+    _check_sizes(draws, n_cells)
     worlds = [check(posterior, _world(schema, label, kind)) for label in labels]
+    spelled = [design_label(posterior, label_design(schema, label)) for label in labels]
+    if len(set(spelled)) < len(labels) or not labels:
+        raise QueryError(f"Expected different labels, at least one; found {shown(labels)}.")
     base = check(posterior, _world(schema, schema.control, kind))
     block = max(_ENTRIES_AT_A_TIME // (draws * schema.n_genes), 1)
     tables = []
     blocks = range(0, len(worlds), block)
-    with progress_bar("Effects", 2 * len(blocks) * draws, show=progress) as advance:
+    passes = 1 + has_slab(posterior.guide, empty_batch(posterior, 1))
+    with progress_bar("Effects", passes * len(blocks) * draws, show=progress) as advance:
         for start in blocks:
             values, slab = _both_contrasts(
                 posterior, worlds[start : start + block], base, groups=None, scale=scale,
@@ -307,7 +315,7 @@ def effects(
         label: support_notes(posterior, one) for label, one in zip(labels, worlds, strict=True)
     }
     sentences = ["; ".join(s for part in notes[label].values() for s in part) for label in labels]
-    n_train = posterior.labels.set_index("label")["train"].reindex(labels, fill_value=0)
+    n_train = posterior.labels.set_index("label")["train"].reindex(spelled, fill_value=0)
     obs = pd.DataFrame(
         {
             "n_train": n_train.to_numpy(),
@@ -391,6 +399,7 @@ def generated_effects(
     draws, n_cells, seed
         As in :func:`effect_draws`.
     """
+    _check_sizes(draws, n_cells)
     schema = posterior.schema
     totals = np.zeros((len(labels) + 1, schema.n_genes))
     worlds = list(zip([schema.control, *labels], [control_library, *libraries], strict=True))
@@ -464,8 +473,7 @@ def _contrasts(
     advance: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
     """Return draws of mean differences to `base`, shape (draws, worlds, groups, genes)."""
-    if draws < 1 or n_cells < 1:
-        raise QueryError(f"Expected draws >= 1 and n_cells >= 1, found {draws} and {n_cells}.")
+    _check_sizes(draws, n_cells)
     n_groups = 1 if groups is None else len(groups.names)
     shape = (draws, len(worlds), n_groups, posterior.schema.n_genes)
     totals = np.zeros(shape, dtype=np.float32)
@@ -479,7 +487,11 @@ def _contrasts(
             totals[draw, column] += (share @ change).cpu().numpy()
 
     if groups is None:
-        artifacts = any(one.flags is None for one in (*worlds, base))
+        artifacts = any(
+            one.flags in (None, FACTUAL)
+            for one in (*worlds, base)
+            if not isinstance(one.flags, Tensor)
+        )
         codes, sizes = np.zeros(n_cells, dtype=np.int64), np.array([n_cells])
         for draw in range(draws):
             with seeded(seed_of(seed, draw)):
@@ -534,6 +546,11 @@ def _world(schema: Schema, label: str, kind: Kind) -> Intervention:
     if kind not in ("direct", "total"):
         raise QueryError(f"kind is 'direct' or 'total', found {kind!r}.")
     return do(perturbation=label, artifact=0 if kind == "direct" else None)
+
+
+def _check_sizes(draws: int, n_cells: int) -> None:
+    if draws < 1 or n_cells < 1:
+        raise QueryError(f"Expected draws >= 1 and n_cells >= 1, found {draws} and {n_cells}.")
 
 
 def _check_scale(posterior: Posterior, scale: str) -> None:

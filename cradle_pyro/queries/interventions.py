@@ -13,6 +13,7 @@ from torch import Tensor
 from cradle_pyro import sites
 from cradle_pyro.errors import QueryError, near, shown
 from cradle_pyro.inference.posterior import Posterior
+from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch, Schema
 
 __all__ = ["FACTUAL", "TYPICAL", "CheckedIntervention", "Intervention", "check", "do", "parse_do"]
@@ -128,6 +129,12 @@ def do(
         raise QueryError(f"library is a positive number of counts, found {library}.")
     for name, value in given.items():
         _check_kind(name, value, Tensor | Real)
+        if not torch.isfinite(torch.as_tensor(value)).all():
+            raise QueryError(f"{name} must be finite, found nan or inf in {value}.")
+    for name, levels in (("perturbation", perturbation), ("artifact", artifact)):
+        if isinstance(levels, Mapping):
+            for part, level in levels.items():
+                _check_kind(f"{name} of '{part}'", level, Real)
     return Intervention(perturbation, artifact, library, given)
 
 
@@ -189,6 +196,10 @@ class CheckedIntervention:
         Counts, or "factual", None.
     pool
         Flag vectors of failing training cells, shape (cells, artifacts).
+    local
+        Further sites that have a value for each cell.
+    n_cells
+        Number of all cells that are asked about, if they come in chunks.
     """
 
     intervention: Intervention
@@ -196,9 +207,16 @@ class CheckedIntervention:
     flags: Tensor | str | None
     library: float | str | None
     pool: Tensor
+    local: frozenset[str] = frozenset()
+    n_cells: int | None = None
 
-    def acts(self, batch: Batch, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def acts(
+        self, batch: Batch, values: dict[str, Tensor], rows: slice | None = None
+    ) -> dict[str, Tensor]:
         """Return the full-shape value of every intervened site, for the cells of `batch`.
+
+        Typical flags depend on the seed of torch's random state alone, so that all worlds of a
+        draw meet the same ones.
 
         Parameters
         ----------
@@ -206,6 +224,9 @@ class CheckedIntervention:
             The factual cells, missing flags drawn.
         values
             Factual value of every site: what further sites are expanded to.
+        rows
+            Which of all cells the batch holds, where it does not hold all: values of further sites
+            may be given for each of them.
         """
         n_cells, device = len(batch), batch.library.device
         acts: dict[str, Tensor] = {}
@@ -218,19 +239,34 @@ class CheckedIntervention:
         elif self.flags == FACTUAL:
             acts[sites.ARTIFACT] = batch.artifact
         elif self.flags == TYPICAL:
-            rows = torch.randint(len(self.pool), (n_cells,))
-            acts[sites.ARTIFACT] = self.pool[rows].to(device)
+            generator = torch.Generator().manual_seed(torch.initial_seed())
+            chosen = torch.randint(len(self.pool), (n_cells,), generator=generator)
+            acts[sites.ARTIFACT] = self.pool[chosen].to(device)
         if self.library == FACTUAL:
             acts[sites.LIBRARY] = batch.library
         elif self.library is not None:
             acts[sites.LIBRARY] = torch.full_like(batch.library, float(self.library))
         for name, value in self.intervention.sites.items():
-            acts[name] = _expanded(name, value, values[name])
+            tensor = torch.as_tensor(value).to(values[name])
+            if name in self.local and self.n_cells is not None and rows is not None:
+                tensor = _of_cells(name, tensor, values[name], rows, self.n_cells)
+            acts[name] = _expanded(name, tensor, values[name])
         return acts
 
 
-def check(posterior: Posterior, intervention: Intervention) -> CheckedIntervention:
+def check(
+    posterior: Posterior, intervention: Intervention, n_cells: int | None = None
+) -> CheckedIntervention:
     """Return `intervention` with its names looked up in the fitted model.
+
+    Parameters
+    ----------
+    posterior
+        A fitted pair.
+    intervention
+        From :func:`do`.
+    n_cells
+        Number of cells that are asked about, where they come in chunks.
 
     Raises
     ------
@@ -244,8 +280,7 @@ def check(posterior: Posterior, intervention: Intervention) -> CheckedInterventi
             f"Expected an intervention such as do(perturbation='KLF1', artifact=0), found "
             f"{type(intervention).__name__}."
         )
-    if intervention.sites:
-        _check_sites(posterior, intervention.sites)
+    local = _check_sites(posterior, intervention.sites) if intervention.sites else frozenset()
     flags = _flags(schema, intervention.artifact)
     if flags == TYPICAL and not len(posterior.failing_artifacts):
         raise QueryError("artifact='typical' needs failing training cells, and there were none.")
@@ -255,6 +290,8 @@ def check(posterior: Posterior, intervention: Intervention) -> CheckedInterventi
         flags,
         intervention.library,
         posterior.failing_artifacts,
+        local,
+        n_cells,
     )
 
 
@@ -332,11 +369,17 @@ def _flags(schema: Schema, artifact: Levels | None) -> Tensor | str | None:
     return row
 
 
-def _check_sites(posterior: Posterior, given: Mapping[str, Any]) -> None:
-    """Raise unless the model has all sites and their values fit, by a run on two empty cells."""
+def _check_sites(posterior: Posterior, given: Mapping[str, Any]) -> frozenset[str]:
+    """Return which sites have a value for each cell, by runs on two and on three empty cells.
+
+    Raises unless the model has all sites and their values fit.
+    """
     from cradle_pyro.model.intervene import run_world
 
-    values = run_world(posterior.model, empty_batch(posterior, 2), {}, {})
+    with seeded(0):
+        values, more = (
+            run_world(posterior.model, empty_batch(posterior, n), {}, {}) for n in (2, 3)
+        )
     for name, value in given.items():
         if name not in values:
             raise QueryError(
@@ -349,6 +392,7 @@ def _check_sites(posterior: Posterior, given: Mapping[str, Any]) -> None:
                 f"Site '{name}' has {len(shape)} dimensions, found a value of shape "
                 f"{tuple(value.shape)}."
             )
+    return frozenset(name for name in given if values[name].shape != more[name].shape)
 
 
 def empty_batch(posterior: Posterior, n_cells: int) -> Batch:
@@ -368,13 +412,25 @@ def empty_batch(posterior: Posterior, n_cells: int) -> Batch:
     ).to(posterior.device)
 
 
-def _expanded(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+def _of_cells(name: str, value: Tensor, like: Tensor, rows: slice, n_cells: int) -> Tensor:
+    """Return the values of the cells at `rows`, where there is one for each of `n_cells`."""
+    if value.dim() < like.dim() or len(value) == 1:
+        return value
+    if len(value) != n_cells:
+        raise QueryError(
+            f"Site '{name}' has a value for each of {n_cells} cells, which a value of shape "
+            f"{tuple(value.shape)} does not fit."
+        )
+    return value[rows]
+
+
+def _expanded(name: str, value: Tensor, like: Tensor) -> Tensor:
     try:
-        return torch.as_tensor(value).to(like).expand(like.shape)
+        return value.expand(like.shape)
     except RuntimeError:
         raise QueryError(
             f"Site '{name}' has shape {tuple(like.shape)}, which a value of shape "
-            f"{tuple(torch.as_tensor(value).shape)} does not fit."
+            f"{tuple(value.shape)} does not fit."
         ) from None
 
 
