@@ -143,6 +143,8 @@ def test_answers_have_the_documented_layers(count_draws) -> None:
         values = answer.layers[name].data
         assert (values > 0).all()
         assert (values == values.round()).all()
+        # Each is a draw of the counterfactual ones, not the factual counts.
+        assert (answer.layers[name] != make_cells().layers["counts"]).nnz
     if count_draws:
         assert (answer.layers["counts"] != answer.X).nnz == 0
     else:

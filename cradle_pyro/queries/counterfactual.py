@@ -95,7 +95,8 @@ def counterfactual(
     --------
     >>> import cradle_pyro as cp
     >>> adata = cp.simulate_perturbseq(n_cells=200, n_genes=40, n_perturbations=3, n_pairs=1)
-    >>> config = cp.Config().with_settings(["train.max_epochs=1", "qc.doublets=false"])
+    >>> settings = ["train.max_epochs=1", "qc.doublets=false", "qc.flags=['low_counts']"]
+    >>> config = cp.Config().with_settings(settings)
     >>> prepared = cp.prepare(adata, config)
     >>> posterior = cp.fit(prepared.data, config, progress=False)
     >>> same = cp.counterfactual(posterior, prepared.adata[:5], cp.do(), draws=2)
