@@ -7,7 +7,7 @@ random numbers). Draws of the globals give the interval; cells are averaged over
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -405,15 +405,15 @@ def generated_effects(
     worlds = list(zip([schema.control, *labels], [control_library, *libraries], strict=True))
     checked = [check(posterior, _world(schema, label, "direct")) for label, _ in worlds]
     for draw in range(draws):
+        # The same cells and globals in every world; libraries and count noise are its own.
+        with seeded(seed_of(seed, draw)):
+            cells = reference_draw(posterior, n_cells)
+        free = {k: v for k, v in cells.latents.items() if k != sites.COUNTS}
         for row, ((_, library), one) in enumerate(zip(worlds, checked, strict=True)):
-            # The same cells and globals in every world; libraries and count noise are its own.
-            with seeded(seed_of(seed, draw)):
-                cells = reference_draw(posterior, n_cells)
             with seeded(seed_of(seed, draw, row)):
                 chosen = torch.as_tensor(library, dtype=torch.float32)
                 depth = chosen[torch.randint(len(chosen), (n_cells,))].to(posterior.device)
                 acts = one.acts(cells.batch, cells.values) | {sites.LIBRARY: depth}
-                free = {k: v for k, v in cells.latents.items() if k != sites.COUNTS}
                 world = predict(posterior.model, cells._replace(latents=free), acts)
             fraction = _fraction(posterior, world)
             values = log2_expression(posterior, fraction) if functional == "mean_log" else fraction
@@ -423,13 +423,12 @@ def generated_effects(
     return totals[1:] - totals[:1]
 
 
-class _Groups:
+class _Groups(NamedTuple):
     """The cells to average over, and which of them form a group."""
 
-    def __init__(self, data: CellData, codes: np.ndarray, names: list[str]) -> None:
-        self.data = data
-        self.codes = codes
-        self.names = names
+    data: CellData
+    codes: np.ndarray
+    names: list[str]
 
 
 def _groups(
