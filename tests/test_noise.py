@@ -292,6 +292,20 @@ def test_noise_of_counts_lies_between_scipys_probabilities(counts) -> None:
     assert (u != again).mean() > 0.9
 
 
+@pytest.mark.parametrize("name", ["gene_zinb", "zip", "zinb"])
+def test_noise_of_zero_inflated_counts_is_two_independent_uniform_numbers(name) -> None:
+    """A zero was dropped as often as its posterior says: no more, no less."""
+    fn = COUNTS[name].make(make_world(4000))
+    noise = abduct_noise("x", fn, fn.sample())
+    assert isinstance(noise, DropoutSiteNoise)
+    tail, is_upper = noise.quantile
+    u = torch.where(is_upper, -torch.expm1(tail), tail.exp())
+    for first, second in ((u, noise.dropout), (noise.dropout, u)):
+        assert is_uniform(first.numpy())
+        for half in (second < 0.5, second >= 0.5):
+            assert is_uniform(first[half].numpy())
+
+
 def test_counts_in_another_world_are_scipys_quantiles(counts) -> None:
     here, there = make_world(60), make_world(60, seed=1)
     there = dataclasses.replace(there, logits=there.logits + 0.5, theta=2 * there.theta)

@@ -20,6 +20,7 @@ __all__ = ["FACTUAL", "TYPICAL", "CheckedIntervention", "Intervention", "check",
 
 FACTUAL = "factual"
 TYPICAL = "typical"
+_OWN_STREAM = 0x7E57  # typical flags share no random numbers with what else a draw draws
 _KEYWORDS = (sites.PERTURBATION, sites.ARTIFACT, sites.LIBRARY)
 
 Levels = str | float | Mapping[str, float]
@@ -239,7 +240,7 @@ class CheckedIntervention:
         elif self.flags == FACTUAL:
             acts[sites.ARTIFACT] = batch.artifact
         elif self.flags == TYPICAL:
-            generator = torch.Generator().manual_seed(torch.initial_seed())
+            generator = torch.Generator().manual_seed(torch.initial_seed() ^ _OWN_STREAM)
             chosen = torch.randint(len(self.pool), (n_cells,), generator=generator)
             acts[sites.ARTIFACT] = self.pool[chosen].to(device)
         if self.library == FACTUAL:
