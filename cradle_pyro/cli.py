@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 _USER_MISTAKE = 2
-_CALL_RATE = 0.1
 
 cli = typer.Typer(
     name="cradle-pyro",
@@ -262,16 +261,17 @@ def effects(
 
     Example: cradle-pyro effects runs/a --perturbation KLF1+CEBPA --out effects.h5ad
     """
+    from cradle_pyro.queries.calls import CALL_RATE
     from cradle_pyro.workflow import effects_run
 
     table = effects_run(
         run, out, perturbation, kind="total" if total else "direct", draws=draws, seed=seed,
         progress=not quiet,
     )  # fmt: skip
-    n_called = int((table.layers["s_value"] <= _CALL_RATE).sum())
+    n_called = int((table.layers["s_value"] <= CALL_RATE).sum())
     _console(quiet).print(
         f"Wrote {out}: {table.n_obs:,} perturbations x {table.n_vars:,} genes, {n_called:,} "
-        f"effects called at an expected false sign rate of {_CALL_RATE:.0%}."
+        f"effects called at an expected false sign rate of {CALL_RATE:.0%}."
     )
 
 

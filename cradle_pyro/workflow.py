@@ -25,6 +25,7 @@ from cradle_pyro.evaluation.truth import truth_of
 from cradle_pyro.inference.checkpoint import load
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.inference.train import fit
+from cradle_pyro.queries.calls import CALL_RATE
 from cradle_pyro.queries.counterfactual import counterfactual
 from cradle_pyro.queries.effects import Kind, effects
 from cradle_pyro.queries.interventions import Intervention, check, do
@@ -42,7 +43,6 @@ __all__ = [
 ]
 
 _SPLIT = "cradle_split"
-_CALL_RATE = 0.1
 DEMO_SETTINGS = (
     "data.layer='counts'",
     "data.covariate_keys=['batch']",
@@ -327,7 +327,7 @@ def _ask(
     table = effects(posterior, truth.labels, progress=progress)
     table.layers["truth"] = truth.effects
     write_h5ad_atomic(table, out / "effects.h5ad")
-    called = (table.layers["s_value"] <= _CALL_RATE).sum(1)
+    called = (table.layers["s_value"] <= CALL_RATE).sum(1)
     label = str(table.obs_names[int(np.argmax(called))])
     failing = np.flatnonzero(data.failing & (np.asarray(data.split) == "test"))
     clean = counterfactual(posterior, adata[failing], do(artifact=0), draws=50, progress=progress)

@@ -177,9 +177,12 @@ def note_total_counts(adata: AnnData, layer: str | None = None) -> None:
         Layer with raw counts; None for ``X``.
     """
     if TOTAL_COUNTS not in adata.obs:
-        counts = fields.read_counts(adata, layer)
-        sums = [np.asarray(block.sum(axis=1)) for _, block in fields.iter_count_rows(counts, 4096)]
-        adata.obs[TOTAL_COUNTS] = np.concatenate(sums)
+        adata.obs[TOTAL_COUNTS] = fields.scan_counts(
+            fields.read_counts(adata, layer),
+            values="counts",
+            cell_names=np.asarray(adata.obs_names),
+            gene_names=np.asarray(adata.var_names, dtype=str),
+        ).row_sums
 
 
 def _train_positions(train_rows: np.ndarray | None, n_cells: int) -> np.ndarray:

@@ -24,7 +24,6 @@ __all__ = ["Truth", "control_errors", "effect_calibration", "profile_errors", "t
 _RESPONDS = 0.1
 _MOST_RESPONDING = 50
 _LEAST_FOR_CORRELATION = 5
-_CALL_RATE = 0.1
 
 
 class Truth(NamedTuple):
@@ -153,7 +152,7 @@ def effect_calibration(
     table = effects(posterior, truth.labels, draws=draws, n_cells=n_cells, seed=seed)
     low, high = table.layers["ci_low"], table.layers["ci_high"]
     large = interval_coverage(low, high, truth.effects, least_effect=_RESPONDS)
-    called = sign_calls(table.layers["lfsr"], rate=_CALL_RATE)
+    called = sign_calls(table.layers["lfsr"])
     inside = (low <= truth.effects) & (truth.effects <= high)
     return {
         "coverage": large.share,

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from cradle_pyro import sites
@@ -19,6 +18,7 @@ from cradle_pyro.config import Config
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.model.cradle import Cradle
 from cradle_pyro.model.guides import CradleGuide
+from cradle_pyro.model.intervene import sample_nodes
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch, Schema, Statistics
 
@@ -138,11 +138,7 @@ def draw_latents(guide: Callable[[Batch], object], batch: Batch) -> dict[str, Te
     """Return one draw of every latent site from the guide, given the cells of `batch`."""
     with torch.no_grad():
         trace = poutine.trace(guide).get_trace(batch)
-    return {
-        name: site["value"]
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site)
-    }
+    return {name: node["value"] for name, node in sample_nodes(trace).items()}
 
 
 def failing_artifacts(train: CellData, *, seed: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -13,7 +14,16 @@ from cradle_pyro.types import Batch
 
 from .noise import AbstractNoise, WithNoise
 
-__all__ = ["run_world"]
+__all__ = ["run_world", "sample_nodes"]
+
+
+def sample_nodes(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
+    """Return the nodes of a trace's sites, deterministic ones included, plates left out."""
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not site_is_subsample(node)
+    }
 
 
 def run_world(
@@ -55,11 +65,7 @@ def run_world(
     world = WithNoise(noise or {})(world)
     with torch.no_grad():
         trace = poutine.trace(poutine.do(world, data=dict(interventions))).get_trace(batch)
-    values = {
-        name: node["value"]
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not site_is_subsample(node)
-    }
+    values = {name: node["value"] for name, node in sample_nodes(trace).items()}
     unknown = set(interventions) - set(values)
     if unknown:
         raise KeyError(f"No such site to intervene on: {sorted(unknown)}; found {sorted(values)}.")

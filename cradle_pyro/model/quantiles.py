@@ -2,6 +2,7 @@
 
 A count's noise is where it lies in its distribution: a uniform number in [F(x - 1), F(x)]. Near one
 such numbers run out of digits, so that both tails are kept, in logarithms: log F and log(1 - F).
+torch.special has the incomplete gamma functions, but not their logarithms, and no incomplete beta.
 
 References
 ----------
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -72,9 +73,6 @@ class CountNoise(NamedTuple):
     is_upper: Tensor
 
 
-Self = TypeVar("Self", bound="Counts")
-
-
 class Counts(Protocol):
     """What quantiles need of a family of count distributions, one for each element."""
 
@@ -86,7 +84,7 @@ class Counts(Protocol):
     def variance(self) -> Tensor:
         """Variances, shape (elements,)."""
 
-    def take(self: Self, index: Tensor) -> Self:
+    def take(self, index: Tensor) -> Self:
         """Return the distributions at positions or under a mask."""
 
     def log_tails(self, count: Tensor) -> LogTails:
@@ -319,9 +317,8 @@ def _guess(counts: Counts, noise: CountNoise) -> Tensor:
     """
     mean, variance = counts.mean.clamp(min=_SMALLEST_MEAN), counts.variance
     sd = variance.clamp(min=_SMALLEST_MEAN).sqrt()
-    tail = (noise.log_tail - _LOG_HALF).clamp(max=0)
     # An approximation of the normal quantile, Abramowitz and Stegun 1964, 26.2.22.
-    t = (-2 * (tail + _LOG_HALF)).sqrt()
+    t = (-2 * noise.log_tail.clamp(max=_LOG_HALF)).sqrt()
     size = t - (2.30753 + 0.27061 * t) / (1 + 0.99229 * t + 0.04481 * t**2)
     z = torch.where(noise.is_upper, size, -size)
     skewness = (2 * variance / mean - 1) / sd

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from cradle_pyro import sites
 from cradle_pyro.inference.objectives import with_imputed_flags
 from cradle_pyro.inference.posterior import draw_latents
-from cradle_pyro.model.intervene import run_world
+from cradle_pyro.model.intervene import run_world, sample_nodes
 from cradle_pyro.model.noise import AbstractNoise, abduct_noise
 from cradle_pyro.types import Batch
 
@@ -103,9 +102,7 @@ def hold_noise(
         factual = poutine.trace(_WithLatents(latents)(model)).get_trace(batch)
     latents, known = dict(latents), set(latents)
     noise, values = {}, {}
-    for name, node in factual.nodes.items():
-        if node["type"] != "sample" or site_is_subsample(node):
-            continue
+    for name, node in sample_nodes(factual).items():
         values[name] = value = node["value"]
         if node["infer"].get("_deterministic"):
             continue

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from cradle_pyro.errors import QueryError
 
-__all__ = ["s_values", "sign_calls"]
+__all__ = ["CALL_RATE", "s_values", "sign_calls"]
+
+CALL_RATE: Final = 0.10
+"""Expected false sign rate at which effects are called unless another is asked for."""
 
 _ROUNDING = 1e-12
 
@@ -46,7 +51,7 @@ def s_values(lfsr: np.ndarray) -> np.ndarray:
     return expected[place].reshape(lfsr.shape)
 
 
-def sign_calls(lfsr: np.ndarray, *, rate: float = 0.10) -> np.ndarray:
+def sign_calls(lfsr: np.ndarray, *, rate: float = CALL_RATE) -> np.ndarray:
     """Return which entries to call so that the expected false sign rate is at most `rate`.
 
     Parameters

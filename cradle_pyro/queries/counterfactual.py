@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,16 @@ from cradle_pyro.data.dataset import CellData
 from cradle_pyro.data.prepare import cell_data
 from cradle_pyro.errors import QueryError
 from cradle_pyro.inference.posterior import Posterior
-from cradle_pyro.queries.abduction import Abduction, predict
+from cradle_pyro.queries.abduction import predict
 from cradle_pyro.queries.draws import Part, over_draws
 from cradle_pyro.queries.interventions import CheckedIntervention, Intervention, check, do
-from cradle_pyro.queries.scale import log2_expression
+from cradle_pyro.queries.scale import SCALES, log2_expression
 from cradle_pyro.queries.support import support_notes
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["cell_effect", "counterfactual", "predict_rate", "query_cells", "query_record"]
+__all__ = ["cell_effect", "counterfactual", "query_cells", "query_record"]
 
 
 def counterfactual(
@@ -106,10 +106,10 @@ def counterfactual(
     _check_draws(draws, count_draws)
     data = query_cells(posterior, cells)
     checked = check(posterior, intervention, data.n_cells)
-    shape = (data.n_cells, posterior.schema.n_genes)
-    moments = _Moments(shape)
+    moments = _Moments((data.n_cells, posterior.schema.n_genes))
     kept: list[list[Any]] = [[] for _ in range(count_draws)]
     library = np.empty(data.n_cells, dtype=np.float32)
+    is_dense = data.values == "lognorm"
 
     def use(part: Part) -> None:
         acts = checked.acts(part.abduction.batch, part.abduction.values, part.rows)
@@ -119,7 +119,7 @@ def counterfactual(
             library[part.rows] = world[sites.LIBRARY].cpu().numpy()
         if part.draw < count_draws:
             values = world[sites.COUNTS].cpu().numpy()
-            kept[part.draw].append(values if data.values == "lognorm" else sp.csr_matrix(values))
+            kept[part.draw].append(values if is_dense else sp.csr_matrix(values))
 
     over_draws(
         posterior, data, use, draws=draws, counts=count_draws, seed=seed, chunk=chunk,
@@ -127,9 +127,12 @@ def counterfactual(
     )  # fmt: skip
     layers = {"rate": moments.mean, "rate_sd": moments.sd(draws)}
     for number, pieces in enumerate(kept):
-        stack = np.concatenate if data.values == "lognorm" else _stacked
-        layers["counts" if number == 0 else f"counts_{number}"] = stack(pieces)
-    return _as_anndata(posterior, cells, data, layers, [checked], library, draws=draws, seed=seed)
+        values = np.concatenate(pieces) if is_dense else sp.vstack(pieces, format="csr")
+        layers["counts" if number == 0 else f"counts_{number}"] = values
+    return _as_anndata(
+        posterior, cells, data, layers.get("counts"), layers, [checked], library, draws=draws,
+        seed=seed,
+    )  # fmt: skip
 
 
 def cell_effect(
@@ -170,32 +173,24 @@ def cell_effect(
     base = check(posterior, do() if reference is None else reference, data.n_cells)
     moments = _Moments((data.n_cells, posterior.schema.n_genes))
 
-    def use(part: Part) -> None:
-        first, second = (
-            log2_expression(posterior, predict_rate(posterior, part.abduction, one, part.rows))
-            for one in (checked, base)
+    def expression(part: Part, one: CheckedIntervention) -> Tensor:
+        acts = one.acts(part.abduction.batch, part.abduction.values, part.rows)
+        return log2_expression(
+            posterior, predict(posterior.model, part.abduction, acts)[sites.RATE]
         )
+
+    def use(part: Part) -> None:
+        first, second = expression(part, checked), expression(part, base)
         moments.add(part.rows, part.draw, (first - second).cpu().numpy())
 
     over_draws(
         posterior, data, use, draws=draws, counts=0, seed=seed, chunk=chunk,
         progress=progress, what="Effects",
     )  # fmt: skip
-    layers = {"effect": moments.mean, "sd": moments.sd(draws)}
-    both = [checked, base]
-    result = _as_anndata(posterior, cells, data, layers, both, None, draws=draws, seed=seed)
-    result.X = result.layers.pop("effect")
-    result.uns["cradle_query"]["reference"] = str(base.intervention)
-    result.uns["cradle_query"]["scale"] = "difference of log2(1 + 1e4 rate)"
-    return result
-
-
-def predict_rate(
-    posterior: Posterior, abduction: Abduction, checked: CheckedIntervention, rows: slice
-) -> Tensor:
-    """Return the rate of cells under an intervention, shape (cells, genes)."""
-    acts = checked.acts(abduction.batch, abduction.values, rows)
-    return predict(posterior.model, abduction, acts)[sites.RATE]
+    return _as_anndata(
+        posterior, cells, data, moments.mean, {"sd": moments.sd(draws)}, [checked, base], None,
+        reference=str(base.intervention), scale=SCALES["rate"], draws=draws, seed=seed,
+    )  # fmt: skip
 
 
 def query_cells(posterior: Posterior, cells: AnnData | CellData) -> CellData:
@@ -220,13 +215,20 @@ def query_cells(posterior: Posterior, cells: AnnData | CellData) -> CellData:
 
 
 def query_record(
-    posterior: Posterior, checked: CheckedIntervention, notes: dict[str, list[str]], **settings: Any
+    posterior: Posterior,
+    checked: CheckedIntervention,
+    support: Iterable[dict[str, list[str]]],
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Return what was asked, for ``uns["cradle_query"]``: numbers, strings and lists of them."""
-    sentences = sorted({note for one in notes.values() for note in one})
+    """Return what was asked, for ``uns["cradle_query"]``: numbers, strings and lists of them.
+
+    `support` holds the notes of every world that was asked about, as
+    :func:`~cradle_pyro.queries.support.support_notes` returns them.
+    """
+    sentences = {note for notes in support for one in notes.values() for note in one}
     return {
         "intervention": str(checked.intervention),
-        "out_of_support": sentences,
+        "out_of_support": sorted(sentences),
         "fingerprint": str(posterior.facts.get("fingerprint", "")),
         "version": metadata.version("cradle-pyro"),
     } | settings
@@ -256,18 +258,15 @@ class _Moments:
         return np.sqrt(np.maximum(self._square, 0) / max(draws - 1, 1))
 
 
-def _stacked(pieces: list[Any]) -> sp.csr_matrix:
-    return sp.csr_matrix(sp.vstack(pieces, format="csr"))
-
-
 def _as_anndata(
     posterior: Posterior,
     cells: AnnData | CellData,
     data: CellData,
+    values: Any,
     layers: dict[str, Any],
     worlds: Sequence[CheckedIntervention],
     library: np.ndarray | None,
-    **settings: int,
+    **settings: Any,
 ) -> AnnData:
     from anndata import AnnData
 
@@ -279,19 +278,15 @@ def _as_anndata(
     else:
         obs, var = cells.obs.copy(), cells.var.reindex(names)
     flagged = np.zeros(data.n_cells, dtype=bool)
-    notes: dict[str, list[str]] = {}
-    for world, one in enumerate(worlds):
-        found = support_notes(posterior, one, data.labels)
-        unsupported = sorted(label for label, sentences in found.items() if sentences)
+    support = [support_notes(posterior, one, data.labels) for one in worlds]
+    for one, notes in zip(worlds, support, strict=True):
+        unsupported = sorted(label for label, sentences in notes.items() if sentences)
         # With a perturbation named, all cells end up with the same label.
         flagged |= (
             bool(unsupported) if one.design is not None else np.isin(data.labels, unsupported)
         )
-        notes |= {f"{world} {label}": sentences for label, sentences in found.items()}
     obs["cradle_out_of_support"] = flagged
     if library is not None:
         obs["cradle_library"] = library
-    record = query_record(posterior, worlds[0], notes, **settings)
-    return AnnData(
-        layers.get("counts"), obs=obs, var=var, layers=layers, uns={"cradle_query": record}
-    )
+    record = query_record(posterior, worlds[0], support, **settings)
+    return AnnData(values, obs=obs, var=var, layers=layers, uns={"cradle_query": record})

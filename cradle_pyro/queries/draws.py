@@ -12,13 +12,13 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from cradle_pyro import sites
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.inference.objectives import local_sites
 from cradle_pyro.inference.posterior import Posterior
+from cradle_pyro.model.intervene import sample_nodes
 from cradle_pyro.model.noise import innermost
 from cradle_pyro.queries.abduction import Abduction, abduct, hold_noise
 from cradle_pyro.queries.progress import progress_bar
@@ -77,11 +77,7 @@ def draw_globals(
     with torch.no_grad():
         trace = poutine.trace(guide).get_trace(first)
     local = local_sites(trace)
-    nodes = {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and name not in local and not site_is_subsample(node)
-    }
+    nodes = {name: node for name, node in sample_nodes(trace).items() if name not in local}
     values = {name: node["value"] for name, node in nodes.items()}
     if given_slab:
         for name, node in nodes.items():
@@ -96,9 +92,7 @@ def has_slab(guide: PyroCallable, batch: Batch) -> bool:
     with torch.no_grad(), seeded(0):
         trace = poutine.trace(guide).get_trace(batch)
     return any(
-        hasattr(innermost(node["fn"]), "given_slab")
-        for node in trace.nodes.values()
-        if node["type"] == "sample"
+        hasattr(innermost(node["fn"]), "given_slab") for node in sample_nodes(trace).values()
     )
 
 
@@ -224,11 +218,7 @@ def _sampled(
     """Return the sites' values of cells generated under `acts`, and all latents of these cells."""
     world = poutine.condition(poutine.uncondition(model), data=latents)
     trace = poutine.trace(poutine.do(world, data=acts)).get_trace(batch)
-    nodes = {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not site_is_subsample(node)
-    }
+    nodes = sample_nodes(trace)
     values = {name: node["value"] for name, node in nodes.items()}
     # What the model observes or computes is no latent.
     drawn = {name for name, node in nodes.items() if not node["infer"].get("was_observed")}

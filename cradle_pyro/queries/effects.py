@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cradle_pyro import sites
+from cradle_pyro.data.encode import canonical_label
 from cradle_pyro.errors import QueryError, near, shown
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.queries.abduction import Abduction, predict
@@ -31,8 +32,8 @@ from cradle_pyro.queries.interventions import (
     label_design,
 )
 from cradle_pyro.queries.progress import progress_bar
-from cradle_pyro.queries.scale import is_log_normalised, log2_expression
-from cradle_pyro.queries.support import design_label, support_notes
+from cradle_pyro.queries.scale import SCALES, is_log_normalised, log2_expression
+from cradle_pyro.queries.support import support_notes
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Schema
 
@@ -55,10 +56,6 @@ Scale = Literal["rate", "counts"]
 
 _INTERVAL = (0.025, 0.975)
 _ENTRIES_AT_A_TIME = 20_000_000
-_SCALES = {
-    "rate": "difference of log2(1 + 1e4 rate)",
-    "counts": "difference of log2(1 + 1e4 counts / library)",
-}
 
 
 def average_effect(
@@ -158,24 +155,20 @@ def compare(
         If the cells do not fit the model.
     """
     checked, base = check(posterior, first), check(posterior, second)
-    _check_scale(posterior, scale)
+    _check_scale(scale)
     groups = _groups(posterior, cells, by, n_cells, seed)
     values, slab = _both_contrasts(
         posterior, [checked], base, groups=groups, scale=scale, draws=draws, n_cells=n_cells,
         seed=seed,
     )  # fmt: skip
     labels = None if groups is None else groups.data.labels
-    notes = {
-        f"{number} {label}": sentences
-        for number, one in enumerate((checked, base))
-        for label, sentences in support_notes(posterior, one, labels).items()
-    }
+    support = [support_notes(posterior, one, labels) for one in (checked, base)]
     record = query_record(
-        posterior, checked, notes, reference=str(second), scale=_SCALES[scale], draws=draws,
+        posterior, checked, support, reference=str(second), scale=SCALES[scale], draws=draws,
         n_cells=n_cells, seed=seed,
     )  # fmt: skip
     tables = [
-        _table(posterior.schema.genes, values[:, 0, group], slab[:, 0, group])
+        _table(posterior.schema, values[:, 0, group], slab[:, 0, group])
         for group in range(values.shape[2])
     ]
     for table in tables:
@@ -221,8 +214,8 @@ def interaction(
     Notes
     -----
     The model adds perturbations in latent state and in log-rates. What it can say of an
-    interaction comes from the decoder, the cell's response and the scale (log2(1 + 1e4 rate)
-    bends near zero), not from a term of its own for the pair.
+    interaction comes from a decoder with hidden layers, from rates that sum to one, and from the
+    scale (log2(1 + 1e4 rate) bends near zero), not from a term of its own for the pair.
     """
     schema = posterior.schema
     row = label_design(schema, pair)
@@ -238,11 +231,11 @@ def interaction(
             seed=seed,
         )
     )  # fmt: skip
-    result = _table(schema.genes, values, slab)
-    notes = support_notes(posterior, worlds[0])
+    result = _table(schema, values, slab)
+    support = [support_notes(posterior, worlds[0])]
     record = query_record(
-        posterior, worlds[0], notes, reference=f"sum of {' and '.join(members)}",
-        scale=_SCALES["rate"], draws=draws, n_cells=n_cells, seed=seed,
+        posterior, worlds[0], support, reference=f"sum of {' and '.join(members)}",
+        scale=SCALES["rate"], draws=draws, n_cells=n_cells, seed=seed,
     )  # fmt: skip
     result["out_of_support"] = bool(record["out_of_support"])
     result.attrs["cradle_query"] = record
@@ -290,16 +283,16 @@ def effects(
     from anndata import AnnData
 
     schema = posterior.schema
-    _check_scale(posterior, scale)
+    _check_scale(scale)
     labels = _all_labels(posterior) if labels is None else list(labels)
     _check_sizes(draws, n_cells)
     worlds = [check(posterior, _world(schema, label, kind)) for label in labels]
-    spelled = [design_label(posterior, label_design(schema, label)) for label in labels]
+    spelled = [canonical_label(label, schema.delimiter, schema.control) for label in labels]
     if len(set(spelled)) < len(labels) or not labels:
         raise QueryError(f"Expected different labels, at least one; found {shown(labels)}.")
     base = check(posterior, _world(schema, schema.control, kind))
     block = max(_ENTRIES_AT_A_TIME // (draws * schema.n_genes), 1)
-    tables = []
+    summaries = []
     blocks = range(0, len(worlds), block)
     passes = 1 + has_slab(posterior.guide, empty_batch(posterior, 1))
     with progress_bar("Effects", passes * len(blocks) * draws, show=progress) as advance:
@@ -308,13 +301,9 @@ def effects(
                 posterior, worlds[start : start + block], base, groups=None, scale=scale,
                 draws=draws, n_cells=n_cells, seed=seed, advance=advance,
             )  # fmt: skip
-            tables += [
-                _table(schema.genes, values[:, k, 0], slab[:, k, 0]) for k in range(values.shape[1])
-            ]
-    notes = {
-        label: support_notes(posterior, one) for label, one in zip(labels, worlds, strict=True)
-    }
-    sentences = ["; ".join(s for part in notes[label].values() for s in part) for label in labels]
+            summaries.append(_summary(values[:, :, 0], slab[:, :, 0]))
+    support = [support_notes(posterior, one) for one in worlds]
+    sentences = ["; ".join(s for part in notes.values() for s in part) for notes in support]
     n_train = posterior.labels.set_index("label")["train"].reindex(spelled, fill_value=0)
     obs = pd.DataFrame(
         {
@@ -324,14 +313,14 @@ def effects(
         },
         index=pd.Index(labels, name="perturbation"),
     )
-    stacked = {
-        name: np.stack([table[name].to_numpy(np.float32) for table in tables])
-        for name in ("mean", "sd", "ci_low", "ci_high", "lfsr")
+    layers = {
+        name: np.concatenate([summary[name] for summary in summaries]).astype(np.float32)
+        for name in summaries[0]
     }
-    layers = {name: stacked[name] for name in ("sd", "ci_low", "ci_high", "lfsr")}
-    layers["s_value"] = s_values(stacked["lfsr"]).astype(np.float32)
+    mean = layers.pop("mean")
+    layers["s_value"] = s_values(layers["lfsr"]).astype(np.float32)
     record = query_record(
-        posterior, base, {}, kind=kind, scale=_SCALES[scale], draws=draws, n_cells=n_cells,
+        posterior, base, [], kind=kind, scale=SCALES[scale], draws=draws, n_cells=n_cells,
         seed=seed,
     )  # fmt: skip
     record["reference"] = record.pop("intervention")
@@ -339,7 +328,7 @@ def effects(
         label for label, text in zip(labels, sentences, strict=True) if text
     ]
     var = pd.DataFrame(index=pd.Index(schema.genes, name="gene"))
-    return AnnData(stacked["mean"], obs=obs, var=var, layers=layers, uns={"cradle_query": record})
+    return AnnData(mean, obs=obs, var=var, layers=layers, uns={"cradle_query": record})
 
 
 def effect_draws(
@@ -552,9 +541,9 @@ def _check_sizes(draws: int, n_cells: int) -> None:
         raise QueryError(f"Expected draws >= 1 and n_cells >= 1, found {draws} and {n_cells}.")
 
 
-def _check_scale(posterior: Posterior, scale: str) -> None:
-    if scale not in _SCALES:
-        raise QueryError(f"scale is {shown(_SCALES)}, found {scale!r}{near(scale, list(_SCALES))}.")
+def _check_scale(scale: str) -> None:
+    if scale not in SCALES:
+        raise QueryError(f"scale is {shown(SCALES)}, found {scale!r}{near(scale, list(SCALES))}.")
 
 
 def _all_labels(posterior: Posterior) -> list[str]:
@@ -564,16 +553,18 @@ def _all_labels(posterior: Posterior) -> list[str]:
     return [*schema.perturbations, *(label for label in others if label not in known)]
 
 
-def _table(genes: Sequence[str], values: np.ndarray, slab: np.ndarray) -> pd.DataFrame:
-    """Return the summary of draws and of draws given an effect, both of shape (draws, genes)."""
+def _table(schema: Schema, values: np.ndarray, slab: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame({"gene": schema.genes} | _summary(values, slab))
+
+
+def _summary(values: np.ndarray, slab: np.ndarray) -> dict[str, np.ndarray]:
+    """Return moments, interval and sign of draws, and of draws given an effect, draws first."""
     ends = [np.quantile(part, _INTERVAL, axis=0) for part in (values, slab)]
     low, high = np.minimum(ends[0][0], ends[1][0]), np.maximum(ends[0][1], ends[1][1])
-    summary: dict[str, Any] = {
-        "gene": genes,
+    return {
         "mean": values.mean(0),
-        "sd": values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1]),
+        "sd": values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(low),
         "ci_low": low,
         "ci_high": high,
         "lfsr": np.minimum((values <= 0).mean(0), (values >= 0).mean(0)),
     }
-    return pd.DataFrame(summary)

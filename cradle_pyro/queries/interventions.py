@@ -13,6 +13,7 @@ from torch import Tensor
 from cradle_pyro import sites
 from cradle_pyro.errors import QueryError, near, shown
 from cradle_pyro.inference.posterior import Posterior
+from cradle_pyro.model.intervene import run_world
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch, Schema
 
@@ -193,8 +194,6 @@ class CheckedIntervention:
         Row of the design, shape (perturbations,); None where cells keep their own.
     flags
         Row of flags or severities, shape (artifacts,), or "factual", "typical", None.
-    library
-        Counts, or "factual", None.
     pool
         Flag vectors of failing training cells, shape (cells, artifacts).
     local
@@ -206,7 +205,6 @@ class CheckedIntervention:
     intervention: Intervention
     design: Tensor | None
     flags: Tensor | str | None
-    library: float | str | None
     pool: Tensor
     local: frozenset[str] = frozenset()
     n_cells: int | None = None
@@ -243,10 +241,11 @@ class CheckedIntervention:
             generator = torch.Generator().manual_seed(torch.initial_seed() ^ _OWN_STREAM)
             chosen = torch.randint(len(self.pool), (n_cells,), generator=generator)
             acts[sites.ARTIFACT] = self.pool[chosen].to(device)
-        if self.library == FACTUAL:
+        library = self.intervention.library
+        if library == FACTUAL:
             acts[sites.LIBRARY] = batch.library
-        elif self.library is not None:
-            acts[sites.LIBRARY] = torch.full_like(batch.library, float(self.library))
+        elif library is not None:
+            acts[sites.LIBRARY] = torch.full_like(batch.library, float(library))
         for name, value in self.intervention.sites.items():
             tensor = torch.as_tensor(value).to(values[name])
             if name in self.local and self.n_cells is not None and rows is not None:
@@ -289,7 +288,6 @@ def check(
         intervention,
         _design(schema, intervention.perturbation),
         flags,
-        intervention.library,
         posterior.failing_artifacts,
         local,
         n_cells,
@@ -375,8 +373,6 @@ def _check_sites(posterior: Posterior, given: Mapping[str, Any]) -> frozenset[st
 
     Raises unless the model has all sites and their values fit.
     """
-    from cradle_pyro.model.intervene import run_world
-
     with seeded(0):
         values, more = (
             run_world(posterior.model, empty_batch(posterior, n), {}, {}) for n in (2, 3)

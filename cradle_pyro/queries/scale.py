@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -10,7 +11,13 @@ from torch import Tensor
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.types import SCALE
 
-__all__ = ["is_log_normalised", "log2_expression"]
+__all__ = ["SCALES", "is_log_normalised", "log2_expression"]
+
+SCALES: Final = {
+    "rate": "difference of log2(1 + 1e4 rate)",
+    "counts": "difference of log2(1 + 1e4 counts / library)",
+}
+"""What effects are differences of, in words."""
 
 
 def is_log_normalised(posterior: Posterior) -> bool:

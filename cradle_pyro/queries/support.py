@@ -8,20 +8,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from cradle_pyro.data.encode import canonical_label
 from cradle_pyro.errors import shown
 from cradle_pyro.inference.posterior import Posterior, flag_column
 from cradle_pyro.queries.interventions import CheckedIntervention
 
-__all__ = ["design_label", "support_notes"]
-
-
-def design_label(posterior: Posterior, design: Tensor) -> str:
-    """Return the label of a design row, whatever its dosages."""
-    schema = posterior.schema
-    names = [
-        name for name, dosage in zip(schema.perturbations, design.tolist(), strict=True) if dosage
-    ]
-    return schema.delimiter.join(sorted(names)) if names else schema.control
+__all__ = ["support_notes"]
 
 
 def support_notes(
@@ -47,7 +39,8 @@ def support_notes(
     table = posterior.labels.set_index("label")
     general = _dosage_notes(posterior, checked)
     if checked.design is not None:
-        ends = [design_label(posterior, checked.design)]
+        names = [posterior.schema.perturbations[k] for k in checked.design.nonzero().ravel()]
+        ends = [canonical_label(names, posterior.schema.delimiter, posterior.schema.control)]
     else:
         ends = np.unique(np.asarray([] if labels is None else labels, dtype=str)).tolist()
     return {label: _label_notes(posterior, table, label, checked) + general for label in ends}

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 import torch
 
 from cradle_pyro import sites
-from cradle_pyro.data.encode import design_labels
+from cradle_pyro.data.encode import ANY_COLUMN, FLAG_PREFIX, design_labels
 from cradle_pyro.errors import QueryError
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.model.intervene import run_world
@@ -19,8 +19,10 @@ from cradle_pyro.queries.counterfactual import query_cells, query_record
 from cradle_pyro.queries.draws import reference_draw, seed_of
 from cradle_pyro.queries.interventions import FACTUAL, CheckedIntervention, Intervention, check
 from cradle_pyro.queries.progress import progress_bar
+from cradle_pyro.queries.scale import is_log_normalised
 from cradle_pyro.queries.support import support_notes
 from cradle_pyro.seeding import seeded
+from cradle_pyro.types import Schema
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -103,7 +105,7 @@ def intervene(
         raise QueryError(f"population is 'controls', 'prior' or cells, found {population!r}.")
     else:
         from_prior = population == "prior"
-    if data is None and FACTUAL in (checked.flags, checked.library):
+    if data is None and FACTUAL in (checked.flags, intervention.library):
         raise QueryError(
             f"{intervention} holds what cells had, but the kept controls have neither counts nor "
             "flags. Give cells, population=adata, or name a value."
@@ -118,32 +120,33 @@ def intervene(
                 pieces.append(_generate(posterior, cells, checked, depth))
             advance()
     values = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-    schema = posterior.schema
-    design = sp.csr_array(values.pop(sites.PERTURBATION))
-    label = design_labels(design, schema.perturbations, schema.delimiter, schema.control)
-    flags = values.pop(sites.ARTIFACT)
-    obs = pd.DataFrame(
-        {
-            "perturbation": label,
-            "cradle_library": values.pop(sites.LIBRARY),
-            "cradle_draw": np.repeat(np.arange(draws), sizes),
-        },
-        index=[f"world_{k}" for k in range(n_cells)],
-    )
-    for column, name in enumerate(schema.artifacts):
-        obs[f"cradle_qc_{name}"] = flags[:, column]
-    obs["cradle_artifact"] = (flags > 0).any(axis=1).tolist()
-    counts = values[sites.COUNTS]
-    if posterior.config.model.likelihood != "normal":
-        counts = sp.csr_matrix(counts)
-    notes = support_notes(posterior, checked, label)
+    obs = _described(posterior.schema, values)
+    obs["cradle_draw"] = np.repeat(np.arange(draws), sizes)
+    support = [support_notes(posterior, checked, obs["perturbation"])]
     record = query_record(
-        posterior, checked, notes, population=population if data is None else "cells",
+        posterior, checked, support, population=population if data is None else "cells",
         draws=draws, seed=seed,
     )  # fmt: skip
-    var = pd.DataFrame(index=pd.Index(schema.genes))
+    counts = values[sites.COUNTS]
+    if not is_log_normalised(posterior):
+        counts = sp.csr_matrix(counts)
+    var = pd.DataFrame(index=pd.Index(posterior.schema.genes))
     layers = {"counts": counts, "rate": values[sites.RATE]}
     return AnnData(counts, obs=obs, var=var, layers=layers, uns={"cradle_query": record})
+
+
+def _described(schema: Schema, values: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Return label, library and flags of generated cells, as ``obs``."""
+    design, flags = sp.csr_array(values[sites.PERTURBATION]), values[sites.ARTIFACT]
+    columns = {
+        "perturbation": design_labels(
+            design, schema.perturbations, schema.delimiter, schema.control
+        ),
+        "cradle_library": values[sites.LIBRARY],
+    }
+    columns |= {f"{FLAG_PREFIX}{name}": flags[:, k] for k, name in enumerate(schema.artifacts)}
+    columns[ANY_COLUMN] = np.asarray((flags > 0).any(axis=1))
+    return pd.DataFrame(columns, index=[f"world_{k}" for k in range(len(flags))])
 
 
 def _population(

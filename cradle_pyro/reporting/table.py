@@ -130,12 +130,9 @@ def markdown(evaluation: Evaluation, answers: Mapping[str, pd.DataFrame] | None 
             lines += _markdown_frame(title, frame)
     lines += ["# Evaluation", ""]
     for title, rows in _blocks(evaluation):
-        lines += [f"## {title}", "", "| predictor | " + " | ".join(_METRICS.values()) + " |"]
-        lines.append("|---|" + "---:|" * len(_METRICS))
-        for predictor, values in rows.iterrows():
-            name = f"**{_named(predictor)}**" if predictor == MODEL else _named(predictor)
-            lines.append(f"| {name} | " + " | ".join(_number(v) for v in values) + " |")
-        lines.append("")
+        names = [f"**{_named(p)}**" if p == MODEL else _named(p) for p in rows.index]
+        frame = rows.set_axis(pd.Index(names, name="predictor"))
+        lines += _markdown_frame(title, frame.set_axis(list(_METRICS.values()), axis=1))
     lines += ["## Cells", "", "| | |", "|---|---:|"]
     lines += [f"| {name} | {value} |" for name, value in _facts(evaluation)]
     return "\n".join(lines) + "\n"

@@ -10,6 +10,7 @@ are part of ``make_results.py demo``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def soundness(posterior: cp.Posterior, data: cp.CellData, seed: int) -> Figures:
         posterior, perturbed, cp.do(perturbation="control", library="factual"), **options
     )
     made = control.layers["counts"].toarray()
-    again = with_counts(perturbed, made, as_control=True)
+    again = as_controls(perturbed, made)
     for label in ("STAT1", "IRF1", "BRD4"):
         rows = np.flatnonzero(perturbed.labels == label)
         home = cp.do(perturbation=label, library="factual")
@@ -145,15 +146,12 @@ def read_flags(
     yield "effectiveness, typical artifact: real failing cells", result.real
 
 
-def with_counts(cells: cp.CellData, counts: np.ndarray, *, as_control: bool) -> cp.CellData:
-    """Return the cells with other counts, as controls if wanted."""
-    import dataclasses
-
-    design = sp.csr_array(cells.perturbation.shape, dtype=np.float32)
+def as_controls(cells: cp.CellData, counts: np.ndarray) -> cp.CellData:
+    """Return the cells with other counts, as controls."""
     return dataclasses.replace(
         cells,
         counts=sp.csr_array(counts.astype(np.float32)),
-        perturbation=design if as_control else cells.perturbation,
+        perturbation=sp.csr_array(cells.perturbation.shape, dtype=np.float32),
     )
 
 
