@@ -19,12 +19,24 @@ if TYPE_CHECKING:
     from cradle_pyro.inference.checkpoint import load
     from cradle_pyro.inference.posterior import Posterior
     from cradle_pyro.inference.train import fit
+    from cradle_pyro.model.cradle import Cradle
+    from cradle_pyro.model.guides import CradleGuide
+    from cradle_pyro.model.likelihoods import AbstractLikelihood
     from cradle_pyro.queries.calls import sign_calls
     from cradle_pyro.queries.counterfactual import cell_effect, counterfactual
-    from cradle_pyro.queries.effects import average_effect, compare, effects, interaction
+    from cradle_pyro.queries.effects import (
+        average_effect,
+        compare,
+        effects,
+        interaction,
+        interactions,
+    )
     from cradle_pyro.queries.interventions import do
     from cradle_pyro.queries.latent import latent
     from cradle_pyro.queries.worlds import intervene
+    from cradle_pyro.reporting import plots
+    from cradle_pyro.reporting.to_anndata import to_anndata
+    from cradle_pyro.reporting.to_arviz import to_arviz
     from cradle_pyro.simulate.corrupt import corrupt
     from cradle_pyro.simulate.perturbseq import simulate_perturbseq
     from cradle_pyro.types import Batch, Schema
@@ -32,9 +44,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AbstractLikelihood": "model.likelihoods",
     "Batch": "types",
     "CellData": "data.dataset",
     "Config": "config",
+    "Cradle": "model.cradle",
+    "CradleGuide": "model.guides",
     "Posterior": "inference.posterior",
     "Schema": "types",
     "annotate_artifacts": "data.qc",
@@ -49,6 +64,7 @@ _HOMES = {
     "evaluate": "evaluation.evaluate",
     "fit": "inference.train",
     "interaction": "queries.effects",
+    "interactions": "queries.effects",
     "intervene": "queries.worlds",
     "latent": "queries.latent",
     "load": "inference.checkpoint",
@@ -56,12 +72,19 @@ _HOMES = {
     "read_public": "data.public",
     "sign_calls": "queries.calls",
     "simulate_perturbseq": "simulate.perturbseq",
+    "to_anndata": "reporting.to_anndata",
+    "to_arviz": "reporting.to_arviz",
 }
 
+_MODULES = {"plots": "reporting.plots"}
+
 __all__ = [
+    "AbstractLikelihood",
     "Batch",
     "CellData",
     "Config",
+    "Cradle",
+    "CradleGuide",
     "Posterior",
     "Schema",
     "__version__",
@@ -77,17 +100,23 @@ __all__ = [
     "evaluate",
     "fit",
     "interaction",
+    "interactions",
     "intervene",
     "latent",
     "load",
+    "plots",
     "prepare",
     "read_public",
     "sign_calls",
     "simulate_perturbseq",
+    "to_anndata",
+    "to_arviz",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"cradle_pyro.{_MODULES[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'cradle_pyro' has no attribute '{name}'")
     value = getattr(import_module(f"cradle_pyro.{_HOMES[name]}"), name)

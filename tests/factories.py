@@ -13,7 +13,7 @@ from torch import Tensor
 from cradle_pyro import sites
 from cradle_pyro.config import Config
 from cradle_pyro.inference.objectives import FlipPool
-from cradle_pyro.inference.posterior import build_pair
+from cradle_pyro.inference.pair import build_pair
 from cradle_pyro.model.cradle import Cradle
 from cradle_pyro.model.guides import CradleGuide
 from cradle_pyro.types import Batch, Schema, Statistics

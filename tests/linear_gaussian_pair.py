@@ -12,7 +12,7 @@ from pyro import poutine, sample
 from torch import Tensor, nn
 
 from cradle_pyro import sites
-from cradle_pyro.inference.posterior import build_pair
+from cradle_pyro.inference.pair import build_pair
 from cradle_pyro.model.cradle import Cradle, cells_plate
 from cradle_pyro.model.guides import CradleGuide
 from cradle_pyro.model.networks import inverse_softplus

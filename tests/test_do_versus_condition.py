@@ -32,7 +32,7 @@ from pyro import poutine
 from torch import Tensor
 
 from cradle_pyro import sites
-from cradle_pyro.inference.posterior import build_pair
+from cradle_pyro.inference.pair import build_pair
 from cradle_pyro.model.cradle import Cradle
 from cradle_pyro.model.intervene import run_world
 from cradle_pyro.types import Batch

@@ -24,7 +24,7 @@ from torch.distributions import Normal, kl_divergence
 
 from cradle_pyro import sites
 from cradle_pyro.inference.objectives import CradleELBO
-from cradle_pyro.inference.posterior import build_pair
+from cradle_pyro.inference.pair import build_pair
 from cradle_pyro.model.cradle import Cradle
 from cradle_pyro.model.guides import CradleGuide, response_summary
 from cradle_pyro.types import Batch, Schema

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cradle_pyro import sites
 from cradle_pyro.config import Config
-from cradle_pyro.inference.posterior import build_pair
+from cradle_pyro.inference.pair import build_pair
 from cradle_pyro.model.cradle import Cradle, gate
 from cradle_pyro.types import Batch, Schema
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import tomllib
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
@@ -23,8 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cradle_pyro.config import Config
-from cradle_pyro.errors import CheckpointError, ConfigError, shown
-from cradle_pyro.inference.posterior import Posterior, ReferenceCells, build_pair
+from cradle_pyro.errors import CheckpointError, ConfigError, DataWarning, shown
+from cradle_pyro.inference.pair import PairBuilder, build_pair, pair_name
+from cradle_pyro.inference.posterior import Posterior, ReferenceCells
+from cradle_pyro.model.cradle import Cradle
+from cradle_pyro.model.guides import CradleGuide
 from cradle_pyro.types import Schema, Statistics
 
 if TYPE_CHECKING:
@@ -55,9 +59,11 @@ def save(posterior: Posterior, path: str | Path) -> Path:
     Raises
     ------
     CheckpointError
-        If the directory cannot be written, for example because the disk is full.
+        If the directory cannot be written, for example because the disk is full, or the pair is not
+        one that can be built again.
     """
     path = Path(path)
+    _check_rebuildable(posterior)
     staging = None
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -81,23 +87,30 @@ def save(posterior: Posterior, path: str | Path) -> Path:
     return path
 
 
-def load(path: str | Path, *, device: torch.device | str = "cpu") -> Posterior:
+def load(
+    path: str | Path, *, pair: PairBuilder | None = None, device: torch.device | str = "cpu"
+) -> Posterior:
     """Return the posterior of a run directory; no training data are needed.
 
     Parameters
     ----------
     path
         A directory written by :meth:`Posterior.save` or ``cradle-pyro train``.
+    pair
+        What built the edited pair of this run, as in :func:`~cradle_pyro.fit`. A run directory
+        holds its name, never its code.
     device
         Where to put the pair.
 
     Raises
     ------
     CheckpointError
-        If the directory is missing, incomplete, damaged, or of a later format.
+        If the directory is missing, incomplete, damaged, or of a later format, or was trained with
+        an edited pair and `pair` is missing or another one.
     """
     path = Path(path)
     manifest = _read_manifest(path)
+    _check_pair(path, manifest.get("pair"), pair_name(pair))
     try:
         config = Config.from_toml(path / _CONFIG)
         history = pd.read_csv(path / _HISTORY) if (path / _HISTORY).stat().st_size > 1 else None
@@ -108,7 +121,7 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> Posterior:
         schema = _schema(manifest["schema"])
         n_cells = int(manifest["n_train_cells"])
         statistics = Statistics(n_cells=n_cells, **_section(tensors, "statistics"))
-        model, guide = build_pair(schema, config, statistics, seed=0)
+        model, guide = build_pair(schema, config, statistics, seed=0, pair=pair)
         model.load_state_dict(_section(tensors, "model"))
         guide.load_state_dict(_section(tensors, "guide"))
         return Posterior(
@@ -122,12 +135,46 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> Posterior:
             labels=pd.DataFrame(manifest["labels"]),
             failing_artifacts=_section(tensors, "failing")["artifacts"],
             facts=manifest["facts"],
+            pair=pair,
         )
     except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"The run directory '{path}' is damaged: {_WEIGHTS}, {_CONFIG} and {_MANIFEST} do not "
             f"fit together ({str(error).splitlines()[0]}). Copy the run again, or retrain."
         ) from error
+
+
+def _check_rebuildable(posterior: Posterior) -> None:
+    """Raise for a pair that was changed after it was built: weights do not tell how."""
+    parts = (posterior.model, posterior.guide)
+    built = [type(part) for part in parts] == [Cradle, CradleGuide]
+    if posterior.pair is None and not built:
+        found = ", ".join(getattr(part, "__name__", type(part).__name__) for part in parts)
+        raise CheckpointError(
+            f"Expected the pair that was trained, found another one ({found}). A run directory "
+            "holds weights and names, no code: train with fit(..., pair=builder), which load(..., "
+            "pair=builder) builds again, or save the pair before changing it."
+        )
+
+
+def _check_pair(path: Path, trained: str | None, given: str | None) -> None:
+    if trained == given:
+        return
+    if given is None:
+        raise CheckpointError(
+            f"'{path}' was trained with an edited pair, built by {trained}. Load it in Python and "
+            "name what builds it: load(path, pair=...)."
+        )
+    if trained is None:
+        raise CheckpointError(
+            f"'{path}' was trained with the standard pair, not with {given}. Leave out pair=."
+        )
+    warnings.warn(
+        f"'{path}' was trained with a pair built by {trained} and is loaded with {given}; make "
+        "sure that they are the same.",
+        DataWarning,
+        stacklevel=3,
+    )
 
 
 def _tensors(posterior: Posterior) -> dict[str, Tensor]:
@@ -169,6 +216,7 @@ def _manifest(posterior: Posterior, *, weights_sha256: str) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "versions": {name: _version(name) for name in _VERSIONS},
         "weights_sha256": weights_sha256,
+        "pair": pair_name(posterior.pair),
         "n_train_cells": posterior.statistics.n_cells,
         "schema": dataclasses.asdict(posterior.schema),
         "labels": posterior.labels.to_dict("list"),

@@ -178,13 +178,9 @@ class TrainingLoop(L.LightningModule):
         return loss
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
-        # Parameters of PyroModules in an edited pair stay in the pair, not in the global store.
         # Pyro checks shapes and values in the first step; later, values that are not finite reach
         # the loss, which tells their term.
-        with (
-            pyro.settings.context(module_local_params=True),
-            pyro.validation_enabled(self.global_step == 0),
-        ):
+        with pyro.validation_enabled(self.global_step == 0):
             try:
                 return self.objective.terms(self.model, self.guide, batch)
             except (ValueError, RuntimeError) as error:  # a draw from such values fails at once

@@ -193,7 +193,8 @@ def elbo_terms(
     -------
     dict
         Observed sites: log-likelihood. Latent sites: minus the KL divergence, in closed form
-        where torch has one registered, else by the sample.
+        where torch has one registered, else by the sample. Auxiliary sites of the guide, from which
+        an AutoGuide computes its latents: minus the log-density of the draw.
 
     Raises
     ------
@@ -215,6 +216,12 @@ def elbo_terms(
         if weights is not None and is_local(site):
             value = value * weights
         terms[name] = value.sum()
+    for name, site in guide_trace.nodes.items():
+        if site["type"] == "sample" and site["infer"].get("is_auxiliary"):
+            value = -site["log_prob"]
+            if weights is not None and is_local(site):
+                value = value * weights
+            terms[name] = value.sum()
     return terms
 
 

@@ -11,21 +11,22 @@ import numpy as np
 import pandas as pd
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
 from cradle_pyro import sites
 from cradle_pyro.config import Config
 from cradle_pyro.data.dataset import CellData
+from cradle_pyro.inference.pair import PairBuilder
 from cradle_pyro.model.cradle import Cradle
 from cradle_pyro.model.guides import CradleGuide
 from cradle_pyro.model.intervene import sample_nodes
+from cradle_pyro.model.noise import innermost
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch, Schema, Statistics
 
 __all__ = [
     "Posterior",
     "ReferenceCells",
-    "build_pair",
     "draw_latents",
     "failing_artifacts",
     "flag_column",
@@ -41,7 +42,8 @@ class ReferenceCells(NamedTuple):
     Parameters
     ----------
     loc, scale
-        Moments of q(z_basal), shape (cells, latents).
+        Moments of q(z_basal), shape (cells, latents). Where it is no product of Normals (an edited
+        guide), one draw of each cell, with scale zero.
     library
         Library sizes, shape (cells,).
     covariates
@@ -82,6 +84,8 @@ class Posterior:
         artifacts are.
     facts
         Fingerprint and path of the data, seed, QC thresholds, dosages, package versions.
+    pair
+        What built an edited pair (see :func:`~cradle_pyro.fit`); None for the pair of `config`.
     """
 
     model: Cradle
@@ -94,6 +98,7 @@ class Posterior:
     labels: pd.DataFrame
     failing_artifacts: Tensor
     facts: Mapping[str, Any] = field(default_factory=dict)
+    pair: PairBuilder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +112,7 @@ class Posterior:
         Raises
         ------
         CheckpointError
-            If the directory cannot be written.
+            If the directory cannot be written, or the pair was changed after `pair` built it.
         """
         from cradle_pyro.inference.checkpoint import save
 
@@ -125,15 +130,6 @@ def flag_column(flag: str) -> str:
     return f"train with {flag}"
 
 
-def build_pair(
-    schema: Schema, config: Config, statistics: Statistics, *, seed: int
-) -> tuple[Cradle, CradleGuide]:
-    """Return a fresh model and guide with parameters drawn from `seed`."""
-    with seeded(seed):
-        model = Cradle(schema, config.model, statistics)
-        return model, CradleGuide(model, config.guide, statistics)
-
-
 def draw_latents(guide: Callable[[Batch], object], batch: Batch) -> dict[str, Tensor]:
     """Return one draw of every latent site from the guide, given the cells of `batch`."""
     with torch.no_grad():
@@ -149,7 +145,7 @@ def failing_artifacts(train: CellData, *, seed: int) -> Tensor:
 
 
 def reference_cells(
-    guide: CradleGuide, train: CellData, *, seed: int, chunk: int = 1024
+    guide: nn.Module, train: CellData, *, seed: int, chunk: int = 1024
 ) -> ReferenceCells:
     """Return q(z_basal) of up to 5,000 control training cells (all cells, if there is no control).
 
@@ -166,6 +162,12 @@ def reference_cells(
         for piece in rows.split(chunk):
             batch = train.batch(piece.numpy(), device=device)
             node = poutine.trace(guide).get_trace(batch).nodes[sites.Z_BASAL]
-            normal = node["fn"].base_dist
-            parts.append((normal.loc, normal.scale, batch.library, batch.covariates))
+            parts.append((*_moments(node), batch.library, batch.covariates))
     return ReferenceCells(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
+
+
+def _moments(node: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    normal = innermost(node["fn"])
+    if isinstance(normal, torch.distributions.Normal):
+        return normal.loc, normal.scale
+    return node["value"], torch.zeros_like(node["value"])

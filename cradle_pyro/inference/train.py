@@ -23,9 +23,9 @@ from cradle_pyro.data.prepare import assign_split
 from cradle_pyro.data.statistics import raw_effects, training_statistics
 from cradle_pyro.errors import ConfigError, DataError
 from cradle_pyro.inference.objectives import CradleELBO, FlipPool
+from cradle_pyro.inference.pair import PairBuilder, build_pair
 from cradle_pyro.inference.posterior import (
     Posterior,
-    build_pair,
     failing_artifacts,
     flag_column,
     reference_cells,
@@ -43,6 +43,7 @@ def fit(
     data: CellData,
     config: Config | None = None,
     *,
+    pair: PairBuilder | None = None,
     progress: bool = True,
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
@@ -57,6 +58,10 @@ def fit(
         cells are learned from, early stopping sees validation cells only.
     config
         Settings; the defaults if omitted.
+    pair
+        Builds an edited model and guide: a function of schema, configuration and training
+        statistics that returns both, as modules that are called with a batch. By default the pair
+        that `config` describes. See :doc:`/editing`.
     progress
         Show Lightning's progress bar.
     checkpoint_dir
@@ -76,7 +81,8 @@ def fit(
     DataError
         If there are no training cells.
     ConfigError
-        If the likelihood does not fit the values, or there is nothing to resume from.
+        If the likelihood does not fit the values, there is nothing to resume from, or the sites of
+        an edited pair do not fit each other.
     TrainingError
         If a term of the loss is not finite.
 
@@ -98,8 +104,9 @@ def fit(
     if not train.n_cells:
         raise DataError("Expected training cells, found none: the split marks no cell 'train'.")
     statistics = training_statistics(train)
-    model, guide = build_pair(data.schema, config, statistics, seed=config.train.seed)
-    guide.start_effects(raw_effects(train, statistics))
+    model, guide = build_pair(data.schema, config, statistics, seed=config.train.seed, pair=pair)
+    if hasattr(guide, "start_effects"):
+        guide.start_effects(raw_effects(train, statistics))
     objective = CradleELBO(
         config.objective, flip_pool(train), failing_share=float(statistics.failing_share)
     )
@@ -122,6 +129,7 @@ def fit(
             "seed": config.train.seed,
             "dosages": _dosages(train),
         },
+        pair=pair,
     )
 
 

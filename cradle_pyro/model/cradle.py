@@ -85,7 +85,7 @@ class Cradle(nn.Module):
         self.n_cells = statistics.n_cells
         self.likelihood = make_likelihood(config.likelihood, statistics)
         self.decoder = self._make_decoder(statistics)
-        self.gene_effect_prior = None
+        self.gene_effect_prior: nn.Module | None = None
         if config.gene_effect is not None:
             self.gene_effect_prior = GeneEffectPrior(schema, config.gene_effect)
         if self.has_response:
@@ -135,7 +135,7 @@ class Cradle(nn.Module):
                 sites.PERTURBATION_SHIFT, perturbation @ effect, event_dim=1
             )
             z_artifact = self.artifact_state(batch, artifact)
-            artifact_shift = self.artifact_shift(artifact, artifact_effect, z_artifact)
+            artifact_shift = self.artifact_shift(batch, artifact, artifact_effect, z_artifact)
             library = self.library(batch, artifact, depth)
             z_basal = sample(sites.Z_BASAL, self._standard_normal(batch, self.config.n_latents))
             own = self.own_share(artifact, z_artifact)
@@ -208,7 +208,7 @@ class Cradle(nn.Module):
         return gate(artifact) * sample(sites.Z_ARTIFACT, prior)
 
     def artifact_shift(
-        self, artifact: Tensor, effect: Tensor | None, z_artifact: Tensor | None
+        self, batch: Batch, artifact: Tensor, effect: Tensor | None, z_artifact: Tensor | None
     ) -> Tensor:
         """Return the shift by flags and by kind of artifact; exactly zero without an artifact."""
         shift = artifact.new_zeros(len(artifact), self.config.n_latents)

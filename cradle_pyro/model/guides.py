@@ -156,6 +156,7 @@ class CradleGuide(nn.Module):
     depth_shift: MeanFieldNormal | None
     artifact_logits: nn.Linear | None
     z_artifact: CellEncoder | None
+    z_basal: nn.Module
 
     def __init__(self, model: Cradle, config: GuideConfig, statistics: Statistics) -> None:
         super().__init__()
@@ -163,6 +164,7 @@ class CradleGuide(nn.Module):
         structured = config.family == "structured"
         self.schema = schema
         self.n_cells = model.n_cells
+        self.n_latents = n_latents
         self.structured = structured
         self.expression = ExpressionInput(statistics, take_log=model.config.likelihood != "normal")
         self._add_perturbation_parts(model, config)
@@ -176,7 +178,7 @@ class CradleGuide(nn.Module):
 
     def forward(self, batch: Batch) -> None:
         """Sample the latents of `batch`."""
-        effect, gene_effect, artifact_effect = self.global_latents()
+        effect, gene_effect, artifact_effect = self.global_latents(batch)
         expression = self.expression(batch)
         with cells_plate(self.n_cells, batch):
             artifact = self.artifact(batch, expression)
@@ -187,8 +189,7 @@ class CradleGuide(nn.Module):
                 context += [] if z_artifact is None else [z_artifact]
                 if gene_effect is not None:
                     context.append(response_summary(expression, batch.perturbation @ gene_effect))
-            normal = self._encode(self.z_basal, batch, expression, context)
-            sample(sites.Z_BASAL, normal.to_event(1))
+            self.basal_state(batch, expression, context)
 
     def global_parameters(self) -> list[nn.Parameter]:
         """Return the free parameters of the global latents, which learn at their own rate."""
@@ -204,13 +205,16 @@ class CradleGuide(nn.Module):
                 self.gene_effect.standard_loc.copy_(effects.loc / effects.error)
                 self.gene_effect.error.copy_(effects.error)
 
-    def global_latents(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Sample the global latents; return masked effects, gene effects and artifact effects."""
+    def global_latents(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Sample the global latents; return masked effects, gene effects and artifact effects.
+
+        They do not depend on `batch`; it is there for guides that run the model to learn its sites
+        (AutoGuides).
+        """
         gene_effect = None
         with plate(sites.PERTURBATIONS, self.schema.n_perturbations, dim=-1):
-            effect = self.expression.log_mean.new_zeros(
-                self.schema.n_perturbations, self.z_basal.head.loc.out_features
-            )
+            shape = [self.schema.n_perturbations, self.n_latents]
+            effect = self.expression.log_mean.new_zeros(shape)
             if self.mask_logits is not None and self.effect is not None:
                 mask_dist = StraightThroughBernoulli(self.mask_logits)
                 mask = sample(sites.EFFECT_MASK, mask_dist.to_event(1))
@@ -244,28 +248,35 @@ class CradleGuide(nn.Module):
         if self.z_artifact is None:
             return None
         context = [batch.perturbation @ effect, artifact] if self.structured else []
-        normal = self._encode(self.z_artifact, batch, expression, context)
+        normal = self._encode(self.z_artifact, batch, expression, context).base_dist
         failing = gate(artifact)
         scale = torch.where(failing > 0, normal.scale, torch.ones_like(normal.scale))
         gated = dist.Normal(failing * normal.loc, scale)
         return failing * sample(sites.Z_ARTIFACT, gated.to_event(1))
 
+    def basal_state(self, batch: Batch, expression: Tensor, context: list[Tensor]) -> Tensor:
+        """Sample z_basal given the expression and what acts on the cell."""
+        return sample(sites.Z_BASAL, self._encode(self.z_basal, batch, expression, context))
+
     def _add_perturbation_parts(self, model: Cradle, config: GuideConfig) -> None:
         schema, n_latents = model.schema, model.config.n_latents
         self.mask_logits = self.effect = self.gene_effect = None
         if model.config.latent_effect:
-            prior = math.log(model.config.mask_probability / (1 - model.config.mask_probability))
-            self.mask_logits = nn.Parameter(torch.full((schema.n_perturbations, n_latents), prior))
+            share = model.config.mask_probability
+            start = torch.full((schema.n_perturbations, n_latents), math.log(share / (1 - share)))
+            self.mask_logits = nn.Parameter(start)
             effect = MaskedEffect if self.structured else FreeEffect
             self.effect = effect(schema.n_perturbations, n_latents, config)
-        if model.gene_effect_prior is not None:
+        prior = model.gene_effect_prior
+        if prior is not None:
             shape = (schema.n_perturbations, schema.n_genes)
-            spike_scale = float(model.gene_effect_prior.scales[0])
-            self.gene_effect = (
-                TiltedPrior(model.gene_effect_prior, *shape)
-                if self.structured
-                else MeanFieldNormal(*shape, initial_scale=spike_scale)
-            )
+            # The exact posterior's family is known for a scale mixture only.
+            if not isinstance(prior, GeneEffectPrior):
+                self.gene_effect = MeanFieldNormal(*shape, initial_scale=config.initial_scale)
+            elif self.structured:
+                self.gene_effect = TiltedPrior(prior, *shape)
+            else:
+                self.gene_effect = MeanFieldNormal(*shape, initial_scale=float(prior.scales[0]))
 
     def _add_artifact_parts(self, model: Cradle, config: GuideConfig) -> None:
         schema, n_latents = model.schema, model.config.n_latents
@@ -293,7 +304,7 @@ class CradleGuide(nn.Module):
         return CellEncoder(self.schema.n_genes + 1, [*context, *levels], n_latents, config)
 
     def _encode(
-        self, encoder: CellEncoder, batch: Batch, expression: Tensor, context: list[Tensor]
-    ) -> dist.Normal:
+        self, encoder: nn.Module, batch: Batch, expression: Tensor, context: list[Tensor]
+    ) -> dist.TorchDistribution:
         levels = [batch.covariates] if self.schema.n_covariate_levels else []
         return encoder(expression, *context, *levels)

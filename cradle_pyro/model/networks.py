@@ -116,9 +116,9 @@ class CellEncoder(nn.Module):
         self.network = ResidualMLP([n_genes, *n_context], config)
         self.head = GaussianHead(config.hidden, n_latents)
 
-    def forward(self, expression: Tensor, *context: Tensor) -> dist.Normal:
-        """Return the Normal, batch shape (..., cells, latents)."""
-        return self.head(self.network(expression, *context))
+    def forward(self, expression: Tensor, *context: Tensor) -> dist.Independent:
+        """Return the Normal, batch shape (..., cells), event shape (latents,)."""
+        return self.head(self.network(expression, *context)).to_event(1)
 
 
 class MeanFieldNormal(nn.Module):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from pyro import poutine
 
-from cradle_pyro import sites
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.data.prepare import cell_data
-from cradle_pyro.errors import QueryError
+from cradle_pyro.errors import QueryError, near, shown
+from cradle_pyro.inference.objectives import local_sites
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.seeding import seeded
 
@@ -25,7 +26,7 @@ def latent(
     posterior: Posterior,
     cells: AnnData | CellData,
     *,
-    site: Literal["z_basal", "z_artifact"] = "z_basal",
+    site: str = "z_basal",
     draws: int | None = None,
     global_draws: int = 8,
     seed: int = 0,
@@ -40,11 +41,13 @@ def latent(
     cells
         An AnnData with the columns the model was trained with, or CellData aligned to it.
     site
-        Which latent: the basal state, or kind and degree of the artifact.
+        Which latent: "z_basal", the basal state; "z_artifact", kind and degree of the artifact; or
+        another local site of an edited guide.
     draws
         Return this many draws, shape (draws, cells, latents), instead of means.
     global_draws
-        Draws of the global latents that means are averaged over.
+        Draws of the global latents that means are averaged over. A posterior without a known mean
+        (a flow, in an edited guide) is averaged over as many draws.
     seed
         Seed of the draws.
     chunk
@@ -53,15 +56,13 @@ def latent(
     Raises
     ------
     QueryError
-        If the model has no such latent.
+        If cells have no such latent.
     DataError
         If the cells do not fit the model.
     """
     data = cells
     if not isinstance(data, CellData):
         data = cell_data(data, posterior.config.data, schema=posterior.schema)
-    if site == sites.Z_ARTIFACT and not posterior.model.n_artifact_latents:
-        raise QueryError("The model has no z_artifact: it was trained with n_artifact_latents = 0.")
     n_draws = global_draws if draws is None else draws
     pieces = []
     with seeded(seed), torch.no_grad():
@@ -71,8 +72,25 @@ def latent(
             )
             values = []
             for _ in range(n_draws):
-                node = poutine.trace(posterior.guide).get_trace(batch).nodes[site]
-                values.append(node["fn"].mean if draws is None else node["value"])
+                trace = poutine.trace(posterior.guide).get_trace(batch)
+                node = trace.nodes[_known_site(site, local_sites(trace))]
+                values.append(_mean(node) if draws is None else node["value"])
             stacked = torch.stack(values)
             pieces.append((stacked.mean(0) if draws is None else stacked).cpu().numpy())
     return np.concatenate(pieces, axis=-2)
+
+
+def _known_site(site: str, local: set[str]) -> str:
+    if site not in local:
+        raise QueryError(
+            f"Expected a latent of cells, found '{site}'; the guide has {shown(sorted(local))}"
+            f"{near(site, sorted(local)) or '.'}"
+        )
+    return site
+
+
+def _mean(node: Mapping[str, Any]) -> torch.Tensor:
+    try:
+        return node["fn"].mean
+    except NotImplementedError:
+        return node["value"]

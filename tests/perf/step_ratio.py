@@ -19,7 +19,7 @@ from naive_step import NaiveSettings, make_screen, naive_step
 
 from cradle_pyro.config import Config
 from cradle_pyro.inference.objectives import CradleELBO, FlipPool
-from cradle_pyro.inference.posterior import build_pair
+from cradle_pyro.inference.pair import build_pair
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch, Schema, Statistics
 
