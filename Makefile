@@ -16,17 +16,21 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_DOCS := $(VENV)/.installed-docs
+EXECUTED := docs/_build/notebooks
 # One thread per test process: two processes with two threads each are slower on two cores.
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow notebooks docs lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       simulate, annotate, train and evaluate a screen (ten minutes on two cores)"
 	@echo "make test       the test suite (twelve minutes on two cores at most)"
 	@echo "make test-slow  the tests marked slow"
+	@echo "make notebooks  run the notebooks at full size, into docs/_build/notebooks (half an hour)"
+	@echo "make docs       the documentation, into docs/_build/html"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff mend what it can"
 	@echo "make clean      remove caches and build products (keeps .venv; remove that by hand)"
@@ -40,6 +44,17 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	@$(SINGLE) $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not perf" $(ARGS)
 
+# In a copy: the committed notebooks carry no output.
+notebooks: export CRADLE_SCREENS := $(or $(CRADLE_SCREENS),$(abspath ../shared/data))
+notebooks: $(INSTALLED)
+	@mkdir -p $(EXECUTED)
+	@cp notebooks/*.ipynb $(EXECUTED)
+	@cd $(EXECUTED) && $(abspath $(BIN))/jupyter execute --inplace --timeout=3600 *.ipynb
+
+docs: $(INSTALLED_DOCS)
+	@$(BIN)/sphinx-build -q -b html -W --keep-going docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 lint: $(INSTALLED_DEV)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -51,6 +66,7 @@ format: $(INSTALLED_DEV)
 
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf docs/_build docs/generated docs/notebooks
 	@find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 # Runs a candidate instead of asking whether it exists: version managers leave names that fail.
@@ -82,4 +98,8 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 
 $(INSTALLED_DEV): $(INSTALLED)
 	@$(PIP) install -qq -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	@$(PIP) install -qq -c constraints.txt -e ".[docs]"
 	@touch $@

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cradle_pyro.data.prepare import prepare
     from cradle_pyro.data.public import read_public
     from cradle_pyro.data.qc import annotate_artifacts
+    from cradle_pyro.evaluation import calibration, criticism
     from cradle_pyro.evaluation.evaluate import evaluate
     from cradle_pyro.inference.checkpoint import load
     from cradle_pyro.inference.posterior import Posterior
@@ -76,7 +77,11 @@ _HOMES = {
     "to_arviz": "reporting.to_arviz",
 }
 
-_MODULES = {"plots": "reporting.plots"}
+_MODULES = {
+    "calibration": "evaluation.calibration",
+    "criticism": "evaluation.criticism",
+    "plots": "reporting.plots",
+}
 
 __all__ = [
     "AbstractLikelihood",
@@ -90,11 +95,13 @@ __all__ = [
     "__version__",
     "annotate_artifacts",
     "average_effect",
+    "calibration",
     "cell_effect",
     "compare",
     "confounding_report",
     "corrupt",
     "counterfactual",
+    "criticism",
     "do",
     "effects",
     "evaluate",
