@@ -3,10 +3,12 @@
 #   PYTHON=/path/to/python3.11    the interpreter that creates .venv
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                                 a further index for torch, for example of CPU-only builds
+#   PYTHON312=python3.12          the interpreter of test-arviz1
 #   WORKERS=2                     test processes
 #   ARGS="..."                    further options of the demo or of pytest
 
 PYTHON ?=
+PYTHON312 ?= python3.12
 TORCH_INDEX ?=
 WORKERS ?= 2
 ARGS ?=
@@ -22,13 +24,14 @@ EXECUTED := docs/_build/notebooks
 SINGLE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow notebooks docs lint format clean
+.PHONY: help demo test test-slow test-arviz1 notebooks docs lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       simulate, annotate, train and evaluate a screen (ten minutes on two cores)"
 	@echo "make test       the test suite (twelve minutes on two cores at most)"
 	@echo "make test-slow  the tests marked slow"
+	@echo "make test-arviz1  the ArviZ export on ArviZ 1.x, in an environment of its own (Python 3.12)"
 	@echo "make notebooks  run the notebooks at full size, into docs/_build/notebooks (half an hour)"
 	@echo "make docs       the documentation, into docs/_build/html"
 	@echo "make lint       ruff and mypy"
@@ -43,6 +46,12 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	@$(SINGLE) $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not perf" $(ARGS)
+
+# ArviZ 1.x needs Python 3.12 and is tested by itself, without torch.
+test-arviz1: $(INSTALLED)
+	@$(PYTHON312) -m venv $(VENV)-arviz1
+	@$(VENV)-arviz1/bin/python -m pip --disable-pip-version-check install -qq "arviz>=1,<2" matplotlib
+	@CRADLE_ARVIZ1_PYTHON=$(abspath $(VENV)-arviz1/bin/python) $(BIN)/python -m pytest tests/test_inference_data.py
 
 # In a copy: the committed notebooks carry no output.
 notebooks: export CRADLE_SCREENS := $(or $(CRADLE_SCREENS),$(abspath ../shared/data))

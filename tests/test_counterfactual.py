@@ -22,16 +22,26 @@ from pyro import distributions as dist
 from pyro import poutine, sample
 from tiny import make_config, make_data, make_fit, make_screen, shared_fit
 
-from cradle_pyro import cell_effect, counterfactual, do, intervene, sites
+from cradle_pyro import (
+    average_effect,
+    cell_effect,
+    counterfactual,
+    do,
+    effects,
+    intervene,
+    sites,
+)
 from cradle_pyro.data.prepare import prepare
 from cradle_pyro.errors import DataError, QueryError
 from cradle_pyro.inference.posterior import Posterior, ReferenceCells
 from cradle_pyro.model.cradle import Cradle, cells_plate
+from cradle_pyro.model.intervene import given_values
 from cradle_pyro.model.likelihoods import NegativeBinomialLikelihood, PoissonLikelihood
 from cradle_pyro.model.noise import count_elements
 from cradle_pyro.model.quantiles import NegativeBinomialCounts
 from cradle_pyro.queries import counterfactual as module
 from cradle_pyro.queries.draws import over_draws, seed_of
+from cradle_pyro.queries.effects import compare
 
 FACTUAL = do(perturbation="factual", artifact="factual")
 LAYERS = ("counts", "rate", "rate_sd")
@@ -403,6 +413,21 @@ def test_globals_and_cells_have_random_numbers_of_their_own(chunk) -> None:
     assert not torch.isclose(last["spare"], last[sites.Z_BASAL].ravel()[:27]).any()
 
 
+def test_a_latent_of_cells_that_the_guide_is_conditioned_on_is_no_global() -> None:
+    """Else the first cell's value would be that of all cells of a chunk."""
+    scale = torch.tensor([100.0, 200.0, 300.0])
+
+    def guide(batch):
+        values = batch.library.unsqueeze(-1) / scale
+        return poutine.condition(shared_fit().guide, data={sites.Z_BASAL: values})(batch)
+
+    cells, parts = make_data().subset(np.arange(6)), []
+    edited = dataclasses.replace(shared_fit(), guide=guide)
+    over_draws(edited, cells, parts.append, draws=1, counts=0, seed=0)
+    expected = cells.batch().library.unsqueeze(-1) / scale
+    assert torch.equal(parts[0].abduction.latents[sites.Z_BASAL], expected)
+
+
 def test_a_draws_globals_are_the_same_for_all_chunks() -> None:
     """One cell many times: what differs between chunks is the cell's own draw alone."""
     posterior = shared_fit()
@@ -495,6 +520,34 @@ def test_cells_read_with_another_schema_are_an_error() -> None:
 def test_impossible_numbers_of_draws_are_an_error(draws, count_draws) -> None:
     with pytest.raises(QueryError, match=rf"draws={draws} and count_draws={count_draws}"):
         asked(do(), draws=draws, count_draws=count_draws)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "seed is a whole number of at least 0, found -1"),
+        ({"seed": 0.5}, "seed is a whole number of at least 0, found 0.5"),
+        ({"draws": 2.5}, "draws is a whole number of at least 1, found 2.5"),
+        ({"chunk": 0}, "chunk is a whole number of at least 1, found 0"),
+        ({"chunk": -3}, "chunk is a whole number of at least 1, found -3"),
+    ],
+    ids=str,
+)
+def test_impossible_numbers_are_an_error_before_cells_are_read(options, message) -> None:
+    for query in (counterfactual, cell_effect):
+        with pytest.raises(QueryError, match=message):
+            query(shared_fit(), AnnData(), do(), **options)
+
+
+def test_no_cells_are_an_error() -> None:
+    for none in (make_cells()[:0], make_data().subset(np.arange(0))):
+        for query in (counterfactual, cell_effect):
+            with pytest.raises(DataError, match="at least one cell, found none"):
+                query(shared_fit(), none, do())
+        with pytest.raises(DataError, match="at least one cell, found none"):
+            generated(do(), 5, population=none)
+        with pytest.raises(DataError, match="at least one cell, found none"):
+            compare(shared_fit(), do(artifact=0), do(), cells=none)
 
 
 def test_a_bar_is_shown_on_request_only(capsys) -> None:
@@ -774,7 +827,6 @@ def test_a_latent_that_the_model_is_conditioned_on_has_this_value() -> None:
     assert not cell_effect(edited, make_cells(), *worlds, draws=2).X.any()
 
 
-@pytest.mark.xfail(reason="generated controls draw anew a latent that the model is conditioned on")
 @pytest.mark.parametrize("population", ["controls", "prior"])
 def test_generated_cells_have_the_latents_that_the_model_is_conditioned_on(population) -> None:
     posterior = shared_fit()
@@ -789,6 +841,190 @@ def test_generated_cells_have_the_latents_that_the_model_is_conditioned_on(popul
         for pair in pairs
     )
     np.testing.assert_allclose(found.layers["rate"], expected.layers["rate"], rtol=1e-4)
+
+
+GIVEN = {
+    "effect": {sites.EFFECT_MASK: torch.ones(3, 3), sites.EFFECT: torch.full((3, 3), 3.0)},
+    "gene effect": {sites.GENE_EFFECT: torch.linspace(-1, 1, 180).reshape(3, 60)},
+    "depth": {sites.DEPTH_SHIFT: torch.full((5,), -2.0)},
+}
+OF_EDITED = {
+    "counterfactual": lambda p: asked(do(perturbation="KLF1"), posterior=p),
+    "cell_effect": lambda p: cell_effect(p, make_cells(), do(artifact=0), draws=2),
+    "controls": lambda p: generated(do(perturbation="KLF1"), 6, p),
+    "prior": lambda p: generated(do(perturbation="KLF1"), 6, p, population="prior"),
+    "cells": lambda p: generated(do(perturbation="KLF1"), 6, p, population=make_cells()),
+    "effects": lambda p: effects(p, "KLF1", kind="total", scale="counts", draws=2, n_cells=9),
+    "effects of cells": lambda p: compare(
+        p, do(perturbation="KLF1"), do(), cells=make_cells(), draws=2, n_cells=9
+    ),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("query", OF_EDITED)
+def test_conditioning_the_model_on_a_global_is_conditioning_the_guide(query, given) -> None:
+    """The model's value comes before the guide's, and the guide draws the rest given this value."""
+    posterior, data = shared_fit(), GIVEN[given]
+    found, expected = (
+        OF_EDITED[query](
+            dataclasses.replace(
+                posterior, **{part: poutine.condition(getattr(posterior, part), data=data)}
+            )
+        )
+        for part in ("model", "guide")
+    )
+    if isinstance(found, pd.DataFrame):
+        pd.testing.assert_frame_equal(found, expected)
+        return
+    assert_same(found, expected)
+    np.testing.assert_array_equal(dense(found.X), dense(expected.X))
+
+
+@pytest.mark.parametrize("part", ["model", "guide"])
+def test_an_effect_that_the_pair_is_conditioned_on_has_no_uncertainty(part) -> None:
+    """Nor is it drawn from the slab for the interval."""
+    posterior = shared_fit()
+    none = {sites.EFFECT: torch.zeros(3, 3), sites.GENE_EFFECT: torch.zeros(3, 60)}
+    pair = {part: poutine.condition(getattr(posterior, part), data=none)}
+    found = average_effect(dataclasses.replace(posterior, **pair), "KLF1", draws=3, n_cells=5)
+    assert not found[["mean", "sd", "ci_low", "ci_high"]].to_numpy().any()
+
+
+def with_model(model) -> Posterior:
+    return dataclasses.replace(shared_fit(), model=model)
+
+
+def held_at(model, **values: float):
+    """Return a model conditioned on values of latents of cells."""
+
+    def conditioned(batch):
+        shapes = {sites.Z_BASAL: (len(batch), 3), sites.Z_ARTIFACT: (len(batch), 2)}
+        data = {
+            name: torch.full(shapes.get(name, (len(batch),)), value)
+            for name, value in values.items()
+        }
+        return poutine.condition(model, data=data)(batch)
+
+    return conditioned
+
+
+@pytest.mark.parametrize("population", ["controls", "prior", "cells"])
+@pytest.mark.parametrize("site", [sites.Z_BASAL, sites.Z_ARTIFACT, "phase"])
+def test_latents_of_cells_that_the_model_is_conditioned_on_are_held(population, site) -> None:
+    """With no other latent left to chance, they give the rate of doing them."""
+    population = make_cells() if population == "cells" else population
+    values = {sites.Z_BASAL: 0.5, sites.Z_ARTIFACT: -1.0, "phase": 1.5}
+    rest = {name: value for name, value in values.items() if name != site}
+    rest[sites.ARTIFACT_EFFECT] = 0.5
+    act = do(perturbation="control", artifact="high_mito", sites=rest)
+    edited = with_model(held_at(phased().model, **{site: values[site]}))
+    found = generated(act, 4, edited, population=population)
+    expected = generated(act | do(sites={site: values[site]}), 4, phased(), population=population)
+    np.testing.assert_allclose(found.layers["rate"], expected.layers["rate"], rtol=1e-4)
+
+
+class CountingCradle(Cradle):
+    """A model with one more observation of the cells: how much was seen of them."""
+
+    def library(self, batch, artifact, depth):
+        sample("n_seen", dist.Poisson(batch.library), obs=batch.counts.sum(-1))
+        return super().library(batch, artifact, depth)
+
+
+def test_only_what_is_not_read_from_the_cells_is_given_by_the_model() -> None:
+    posterior, batch = shared_fit(), make_data().batch(np.arange(6))
+    counting = CountingCradle(posterior.schema, posterior.config.model, posterior.statistics)
+    assert given_values(posterior.model, batch) == {}
+    assert given_values(counting, batch) == {}
+    held = given_values(held_at(counting, **{sites.Z_BASAL: 1.0}), batch)
+    assert held.keys() == {sites.Z_BASAL}
+    assert torch.equal(held[sites.Z_BASAL], torch.ones(6, 3))
+
+
+class TiltedCradle(Cradle):
+    """A model with one more global latent, which its guide does not know."""
+
+    def perturbation_effects(self):
+        genes = self.artifact_loading.new_zeros(self.schema.n_genes)
+        self.tilt = sample("tilt", dist.Normal(genes, 1.0).to_event(1))
+        return super().perturbation_effects()
+
+    def log_fold_change(self, z_basal, perturbation, gene_effect):
+        return super().log_fold_change(z_basal, perturbation, gene_effect) + self.tilt
+
+
+def test_a_global_latent_that_the_guide_lacks_is_the_same_for_all_chunks_of_a_draw() -> None:
+    posterior, parts = shared_fit(), []
+    model = TiltedCradle(posterior.schema, posterior.config.model, posterior.statistics)
+    model.load_state_dict(posterior.model.state_dict())
+    cells = make_data().subset(np.arange(9))
+    over_draws(with_model(model), cells, parts.append, draws=2, counts=0, seed=0, chunk=4)
+    tilts = {(part.draw, part.rows.start): part.abduction.latents["tilt"] for part in parts}
+    assert len(tilts) == 6
+    for draw in (0, 1):
+        assert torch.equal(tilts[draw, 0], tilts[draw, 4])
+        assert torch.equal(tilts[draw, 0], tilts[draw, 8])
+    assert not torch.isclose(tilts[0, 0], tilts[1, 0]).any()
+    same = asked(FACTUAL, make_cells(), with_model(model), chunk=7)
+    np.testing.assert_array_equal(dense(same.X), dense(make_cells().layers["counts"]))
+    assert np.isfinite(average_effect(with_model(model), "KLF1", draws=2, n_cells=4)["mean"]).all()
+
+
+def cleaned_model():
+    """Return a model that intervenes itself: no cell has an artifact."""
+
+    def without_artifact(batch):
+        acts = {sites.ARTIFACT: torch.zeros_like(batch.artifact)}
+        return poutine.do(shared_fit().model, data=acts)(batch)
+
+    return without_artifact
+
+
+SECOND_TIME = {
+    "counterfactual": lambda p: asked(do(artifact=0), posterior=p),
+    "cell_effect": lambda p: cell_effect(p, make_cells(), do(artifact="high_mito")),
+    "intervene": lambda p: generated(do(artifact=0), 5, p),
+    "average_effect": lambda p: average_effect(p, "KLF1", draws=1, n_cells=3),
+    "effects": lambda p: effects(p, draws=1, n_cells=3),
+}
+
+
+@pytest.mark.parametrize("query", SECOND_TIME)
+def test_a_site_that_the_model_intervenes_on_cannot_be_intervened_on_again(query) -> None:
+    with pytest.raises(QueryError, match=r"The model itself intervenes on 'artifact'.*Leave"):
+        SECOND_TIME[query](with_model(cleaned_model()))
+
+
+def test_a_model_that_intervenes_is_asked_about_other_sites() -> None:
+    edited, label = with_model(cleaned_model()), do(perturbation="KLF1")
+    rate = generated(label, 6, edited).layers["rate"]
+    np.testing.assert_array_equal(rate, generated(label | do(artifact=0), 6).layers["rate"])
+    options = {"draws": 2, "n_cells": 5}
+    found, expected = (
+        average_effect(posterior, "KLF1", kind=kind, **options)["mean"]
+        for posterior, kind in ((edited, "total"), (shared_fit(), "direct"))
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_pairs_in_double_precision_are_asked_alike() -> None:
+    posterior = shared_fit()
+    double = dataclasses.replace(
+        posterior,
+        model=copy.deepcopy(posterior.model).double(),
+        guide=copy.deepcopy(posterior.guide).double(),
+    )
+    cells = make_cells()
+    acts = do(artifact="typical", sites={sites.Z_BASAL: 0.5})
+    same = asked(FACTUAL, cells, double)
+    np.testing.assert_array_equal(dense(same.X), dense(cells.layers["counts"]))
+    for answer in (asked(acts, cells, double), generated(acts, 5, double)):
+        assert all(answer.layers[name].dtype == np.float32 for name in answer.layers)
+    for scale in ("rate", "counts"):
+        assert average_effect(double, "KLF1", scale=scale, draws=2, n_cells=3)["mean"].any()
+    group = compare(double, do(artifact=0), do(), cells=cells, by="batch", draws=1, n_cells=3)
+    assert group["mean"].any()
 
 
 # ----------------------------------------------------------------------- generated cells
@@ -942,6 +1178,32 @@ def test_libraries_of_generated_cells(population) -> None:
         assert (libraries(library, act | do(library=123)) == 123).all()
 
 
+@pytest.mark.parametrize(
+    ("library", "recorded"),
+    [(None, "model"), ("model", "model"), ("cells", "cells"), (750, [750]), ([50, 60], [50, 60])],
+    ids=str,
+)
+def test_the_record_says_where_libraries_come_from(library, recorded) -> None:
+    answer = generated(do(artifact=0), 4, library=library)
+    assert answer.uns["cradle_query"]["library"] == recorded
+
+
+@pytest.mark.parametrize("draws", [2, 3, 5])
+@pytest.mark.parametrize("population", ["controls", "prior", "cells"])
+def test_a_value_for_each_generated_cell_is_given_to_that_cell(population, draws) -> None:
+    """Of controls without artifact, rates depend on the basal state alone."""
+    values = torch.linspace(-2, 2, 15).reshape(5, 3)
+    population = make_cells() if population == "cells" else population
+    act = do(perturbation="control", artifact=0)
+    each = act | do(sites={sites.Z_BASAL: values})
+    found = generated(each, 5, draws=draws, population=population).layers["rate"]
+    for row in range(5):
+        alone = generated(act | do(sites={sites.Z_BASAL: values[row]}), 1, draws=1)
+        np.testing.assert_allclose(found[row], alone.layers["rate"][0], rtol=1e-4)
+    with pytest.raises(QueryError, match=r"z_basal.*\(5, 3\)"):
+        generated(each, 6, draws=draws, population=population)
+
+
 def test_without_a_model_of_libraries_they_are_the_cells() -> None:
     posterior = shared_fit()
     model = Cradle(
@@ -952,6 +1214,7 @@ def test_without_a_model_of_libraries_they_are_the_cells() -> None:
     posterior = dataclasses.replace(posterior, model=model)
     for library in (None, "model", "cells"):
         answer = generated(do(artifact=0), 20, posterior, library=library)
+        assert answer.uns["cradle_query"]["library"] == "cells"
         assert set(answer.obs["cradle_library"]) <= set(posterior.reference.library.tolist())
 
 
@@ -972,6 +1235,8 @@ def test_flags_that_are_not_modelled_must_be_named() -> None:
     [
         ({"n_cells": 0}, "n_cells >= 1 .* found 0 and 0"),
         ({"n_cells": 5, "draws": 0}, "1 <= draws <= n_cells, found 5 and 0"),
+        ({"n_cells": 2.5}, "n_cells is a whole number of at least 1, found 2.5"),
+        ({"seed": -1}, "seed is a whole number of at least 0, found -1"),
         ({"n_cells": 5, "draws": 6}, "1 <= draws <= n_cells, found 5 and 6"),
         ({"population": "cells"}, "population is 'controls', 'prior' or cells, found 'cells'"),
         ({"library": "deep"}, "'model', 'cells', or positive numbers of counts, found 'deep'"),

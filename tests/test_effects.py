@@ -93,6 +93,14 @@ def annotated():
     return prepare(make_screen(), tiny_config()).adata
 
 
+def with_columns():
+    """Return the cells with a column named like one of the answer, and one that lacks values."""
+    cells = annotated().copy()
+    cells.obs["gene"] = "KLF1"
+    cells.obs["donor"] = [None] * 3 + ["one"] * (cells.n_obs - 7) + [np.nan] * 4
+    return cells
+
+
 def with_missing_flags(data):
     """Return the cells with every fifth cell's flags missing."""
     observed = np.arange(data.n_cells) % 5 > 0
@@ -254,6 +262,17 @@ def test_draws_of_several_effects_are_differences_to_the_same_control_world(monk
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("kind", ["direct", "total"])
+def test_a_single_label_is_a_list_of_one(kind, scale):
+    options = SCALES[scale] | {"kind": kind}
+    one, several = (effects(shared_posterior("poisson"), k, **options) for k in ("P1", ["P1"]))
+    assert list(one.obs_names) == ["P1"]
+    np.testing.assert_array_equal(one.X, several.X)
+    draws = [effect_draws(shared_posterior(), labels, **FEW) for labels in ("P1", ["P1"])]
+    np.testing.assert_array_equal(*draws)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("kind", ["direct", "total"])
 def test_control_has_no_effect(kind, scale):
     found = average_effect(shared_posterior("poisson"), "control", kind=kind, **SCALES[scale])
     assert not found[SUMMARY[:-1]].to_numpy().any()
@@ -313,6 +332,55 @@ def test_flags_are_kept_or_gained_where_the_perturbation_raises_their_risk(monke
     base, world = (one[sites.ARTIFACT] for one in worlds[:2])
     assert (world >= base).all()
     assert abs(float(world[base == 0].mean()) - 0.5) < 0.1
+
+
+def set_depth(posterior, shift):
+    """Return a copy in which every flag changes the log library by so much, known exactly."""
+    changed = copy.deepcopy(posterior)
+    with torch.no_grad():
+        changed.guide.depth_shift.loc.fill_(shift)
+        changed.guide.depth_shift.raw_scale.fill_(-100.0)
+    return changed
+
+
+def test_libraries_belong_to_the_flags_that_cells_are_drawn_with(monkeypatch):
+    """Without the shift of its flags, a library does not tell which flags a cell has."""
+    shift = -3.0
+    posterior = set_depth(set_risk(shared_posterior(), control=0, perturbed=60), shift)
+    worlds = recorded_worlds(monkeypatch)
+    average_effect(posterior, "P0", kind="total", scale="counts", draws=1, n_cells=400)
+    base, world = worlds[:2]
+    rests = [
+        one[sites.LIBRARY].log() - shift * one[sites.ARTIFACT].sum(-1) for one in (base, world)
+    ]
+    # Both worlds share the residual: the shift of flags that appear counts once.
+    torch.testing.assert_close(rests[0], rests[1], atol=1e-4, rtol=1e-4)
+    assert world[sites.ARTIFACT].all()
+    flagged = base[sites.ARTIFACT].any(-1)
+    assert 200 < flagged.sum() < 380
+    scale = posterior.model.log_library_log_scale.exp().item()
+    loc = posterior.model.log_library_loc.item()
+    for some in (flagged, ~flagged):
+        error = scale / np.sqrt(int(some.sum()))
+        assert abs(float(rests[0][some].mean()) - loc) < 4.5 * error
+
+
+@pytest.mark.parametrize(
+    ("first", "kept"),
+    [
+        (do(perturbation="P0", artifact=0), True),
+        (do(artifact="low_0"), False),
+        (do(artifact="typical"), False),
+        (do(artifact="factual"), False),
+        (do(perturbation="P0"), False),
+    ],
+    ids=str,
+)
+def test_observed_libraries_of_controls_are_used_where_no_flag_moves_them(first, kept, monkeypatch):
+    posterior, worlds = shared_posterior(), recorded_worlds(monkeypatch)
+    compare(posterior, first, do(artifact=0), scale="counts", **FEW)
+    known = set(posterior.reference.library.tolist())
+    assert (set(worlds[0][sites.LIBRARY].tolist()) <= known) == kept
 
 
 def test_an_artifact_that_does_not_reach_expression_adds_nothing_to_the_total_effect():
@@ -861,6 +929,33 @@ def test_cells_that_keep_their_perturbation_are_flagged_by_what_they_are():
         assert (found["out_of_support"] == flagged).all()
 
 
+@pytest.mark.parametrize("pair", ["P0+P1", "P1+P0"])
+def test_support_of_an_interaction_is_that_of_every_member_too(pair):
+    """The pair was trained; one of its members alone never was."""
+    posterior = shared_posterior()
+    labels = posterior.labels[posterior.labels["label"] != "P1"]
+    found = interaction(dataclasses.replace(posterior, labels=labels), pair, **FEW)
+    assert found["out_of_support"].all()
+    assert found.attrs["cradle_query"]["out_of_support"] == [
+        "'P1' was never screened: its effect is the prior's"
+    ]
+
+
+def test_flags_that_no_training_control_carries_are_flagged_for_the_kept_controls():
+    posterior = shared_posterior()
+    labels = posterior.labels.copy()
+    labels.loc[labels["label"] == "control", flag_column("low_1")] = 0
+    posterior = dataclasses.replace(posterior, labels=labels)
+    for flag, flagged in [("low_1", True), ("low_0", False)]:
+        for worlds in [(do(artifact=flag), do()), (do(), do(artifact=flag))]:
+            found = compare(posterior, *worlds, **FEW)
+            assert (found["out_of_support"] == flagged).all()
+    (note,) = compare(posterior, do(artifact="low_1"), do(), **FEW).attrs["cradle_query"][
+        "out_of_support"
+    ]
+    assert note == "no training cell with 'control' carries 'low_1'"
+
+
 def test_support_is_that_of_both_worlds():
     first, second = do(perturbation="P0", artifact=0), do(perturbation="P0+P2", artifact=0)
     assert compare(shared_posterior(), first, second, **FEW)["out_of_support"].all()
@@ -931,6 +1026,28 @@ MISTAKES = {
         "different labels",
     ),
     "no label": (lambda p: effects(p, []), "at least one"),
+    "number as label": (lambda p: average_effect(p, 3), "A label is a text such as .*found 3"),
+    "list as pair": (lambda p: interaction(p, ["KLF1", "CEBPA"]), "A label is a text"),
+    "number as labels": (lambda p: effects(p, 3), "Expected labels such as .*found 3"),
+    "number among labels": (lambda p: effect_draws(p, ["KLF1", 3]), "A label is a text"),
+    "letters of a label": (lambda p: effects(p, "KLF9"), "knows no perturbation 'KLF9'"),
+    "seed": (lambda p: average_effect(p, "KLF1", seed=-1), "seed is a whole .* 0, found -1"),
+    "seed of groups": (
+        lambda p: compare(p, do(artifact=0), do(), cells=annotated(), seed=-1),
+        "seed is a whole number",
+    ),
+    "seed of an interaction": (lambda p: interaction(p, PAIR, seed=-1), "seed is a whole number"),
+    "seed of a table": (lambda p: effects(p, seed=-1), "seed is a whole number"),
+    "half a draw": (lambda p: average_effect(p, "KLF1", draws=1.5), "draws is a whole.*1.5"),
+    "half a cell": (lambda p: average_effect(p, "KLF1", n_cells=1.5), "n_cells is a whole.*1.5"),
+    "column of the answer": (
+        lambda p: compare(p, do(artifact=0), do(), cells=with_columns(), by="gene"),
+        "by='gene' is also the name of a column of the answer. Rename it",
+    ),
+    "cells without a group": (
+        lambda p: compare(p, do(artifact=0), do(), cells=with_columns(), by="donor"),
+        "found 7 of 180 cells without a value of 'donor'",
+    ),
     "groups of what": (
         lambda p: average_effect(p, "KLF1", by="batch"),
         "by='batch' groups cells: give them, cells=adata",

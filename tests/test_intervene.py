@@ -11,9 +11,10 @@ from pyro import poutine
 from torch import Tensor
 
 from cradle_pyro import sites
+from cradle_pyro.errors import QueryError
 from cradle_pyro.inference.posterior import draw_latents
 from cradle_pyro.model.cradle import Cradle
-from cradle_pyro.model.intervene import run_world
+from cradle_pyro.model.intervene import Do, run_world
 from cradle_pyro.types import Batch
 
 # Who moves when a site is intervened on, latents and counts' noise held: DESIGN section 2.
@@ -159,3 +160,22 @@ def test_an_edited_model_is_intervened_upon_alike() -> None:
         world[sites.PERTURBATION_SHIFT], plain[sites.PERTURBATION_SHIFT] * 0.5
     )
     assert not world[sites.ARTIFACT_SHIFT].any()
+
+
+def test_a_site_that_the_model_intervenes_on_is_an_error_instead_of_endless() -> None:
+    model, batch, latents = make_world()
+    acts = {sites.PERTURBATION: torch.zeros_like(batch.perturbation)}
+    edited = poutine.do(model, data=acts)
+    with pytest.raises(QueryError, match="The model itself intervenes on 'perturbation'"):
+        run_world(edited, batch, latents, acts)
+    # Intervening is no part of the model, so that it can be asked again.
+    assert run_world(model, batch, latents, acts)[sites.PERTURBATION].eq(0).all()
+
+
+def test_a_site_that_the_model_intervenes_on_is_left_to_it_on_request() -> None:
+    model, batch, latents = make_world()
+    acts = {sites.ARTIFACT: torch.zeros_like(batch.artifact)}
+    outer = {sites.ARTIFACT: torch.ones_like(batch.artifact)}
+    world = poutine.condition(poutine.uncondition(poutine.do(model, data=acts)), data=latents)
+    trace = poutine.trace(Do(outer, yields=True)(world)).get_trace(batch)
+    assert not trace.nodes[sites.ARTIFACT_SHIFT]["value"].any()

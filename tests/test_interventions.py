@@ -91,6 +91,8 @@ def with_schema(**fields) -> Posterior:
         ({"KLF1": 0.5}, {"KLF1": 0.5}),
         ({"KLF1": 2, "CEBPA": 0.25}, {"CEBPA": 0.25, "KLF1": 2}),
         ({"KLF1": 0}, {}),
+        ({"control": 1}, {}),
+        ({"control": 1, "KLF1": 0.5}, {"KLF1": 0.5}),
         ({}, {}),
     ],
 )
@@ -141,6 +143,7 @@ def test_unknown_perturbation_is_an_error_that_names_near_ones(label, unknown, n
     assert ("did you mean" in text) == (near is not None)
     assert near is None or f"did you mean '{near}'?" in text
     assert "Known: 'CEBPA', 'GATA1', 'KLF1', and 'control' for none." in text
+    assert "?." not in text
 
 
 @pytest.mark.parametrize("dosage", [-0.5, float("nan"), float("inf")])
@@ -241,6 +244,7 @@ def test_unknown_flag_is_an_error_that_names_near_ones(artifact, unknown, near) 
     assert ("did you mean" in str(error.value)) == (near is not None)
     assert near is None or f"'{near}'" in str(error.value).split("Known:")[0]
     assert "or 0, 'factual', 'typical'." in str(error.value)
+    assert "?." not in str(error.value)
 
 
 @pytest.mark.parametrize("severity", [-0.1, 1.1, float("nan")])
@@ -289,6 +293,8 @@ def test_an_impossible_library_is_an_error(library) -> None:
         {"artifact": torch.zeros(2)},
         {"library": [5000]},
         {"library": {"all": 1}},
+        {"sites": 3},
+        {"sites": "z_basal"},
         {"sites": {sites.Z_BASAL: "typical"}},
         {"sites": {sites.Z_BASAL: [0.0, 1.0]}},
     ],
@@ -296,7 +302,8 @@ def test_an_impossible_library_is_an_error(library) -> None:
 )
 def test_a_value_of_another_kind_is_an_error(given) -> None:
     name, value = next(iter(given.items()))
-    name, value = next(iter(value.items())) if name == "sites" else (name, value)
+    if name == "sites" and isinstance(value, dict):
+        name, value = next(iter(value.items()))
     with pytest.raises(QueryError, match=f"{name} cannot be a {type(value).__name__}"):
         do(**given)
 
@@ -334,6 +341,8 @@ def test_further_sites_get_their_full_shape(site, value) -> None:
 )
 def test_a_misspelt_site_is_an_error_that_names_near_ones(site, near) -> None:
     with pytest.raises(QueryError, match=f"no site '{site}'; did you mean '{near}'.*'rate'"):
+        check(shared_fit(), do(sites={site: 0}))
+    with pytest.raises(QueryError, match=r"'\? Its sites"):
         check(shared_fit(), do(sites={site: 0}))
 
 
@@ -433,6 +442,7 @@ def test_what_is_no_intervention_is_an_error(given) -> None:
         (do(), "do()"),
         (do(perturbation="KLF1+CEBPA"), "do(perturbation=KLF1+CEBPA)"),
         (do(perturbation={"KLF1": 0.5, "CEBPA": 1}), "do(perturbation=KLF1=0.5+CEBPA=1)"),
+        (do(perturbation={}), "do(perturbation={})"),
         (do(artifact=0), "do(artifact=0)"),
         (do(artifact="typical", library=5000.0), "do(artifact=typical, library=5000)"),
         (do(artifact={"high_mito": 0.25}), "do(artifact=high_mito=0.25)"),
@@ -492,6 +502,9 @@ def test_a_text_that_is_not_site_and_value_is_an_error(text) -> None:
         ("perturbation=KLF1=much", "Expected perturbation levels such as A=0.5"),
         ("perturbation=KLF1=0.5+", "Expected perturbation levels such as A=0.5"),
         ("perturbation=KLF1=0.5=2", "Expected perturbation levels such as A=0.5"),
+        ("perturbation=KLF1=0.5+KLF1=0.7", "one perturbation level of each, found 'KLF1' twice"),
+        ("perturbation=KLF1 = 0.5 + KLF1", "one perturbation level of each, found 'KLF1' twice"),
+        ("artifact=high_mito=0.5+high_mito=0.5", "one artifact level of each, found 'high_mito'"),
         ("artifact=high_mito=bad", "Expected artifact levels such as A=0.5"),
         ("library=many", "library is a number of counts or 'factual', found 'many'"),
         ("library=-5", "library is a positive number of counts, found -5"),

@@ -102,8 +102,9 @@ class Posterior:
 
     @property
     def device(self) -> torch.device:
-        """Where the pair lives; the CPU, if an edited model has no parameters of its own."""
-        parameters = getattr(self.model, "parameters", lambda: iter(()))()
+        """Where the pair lives; the CPU, if an edited one has no parameters of its own."""
+        modules = (part for part in (self.model, self.guide) if isinstance(part, nn.Module))
+        parameters = (parameter for module in modules for parameter in module.parameters())
         return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
     def save(self, path: str | Path) -> Path:

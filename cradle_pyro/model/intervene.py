@@ -79,7 +79,8 @@ def may_be_given(node: Mapping[str, Any]) -> bool:
 
 
 def _observed(model: Callable[[Batch], object], batch: Batch) -> dict[str, Tensor]:
-    with torch.no_grad(), seeded(0):
+    # Handlers around a guide that asks for these values do not see the model run.
+    with torch.no_grad(), seeded(0), poutine.block():
         nodes = sample_nodes(poutine.trace(model).get_trace(batch))
     return {
         name: node["value"]

@@ -14,10 +14,10 @@ from torch import Tensor
 from cradle_pyro import sites
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.data.prepare import cell_data
-from cradle_pyro.errors import QueryError
+from cradle_pyro.errors import DataError, QueryError
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.queries.abduction import predict
-from cradle_pyro.queries.draws import Part, over_draws
+from cradle_pyro.queries.draws import Part, check_whole, over_draws
 from cradle_pyro.queries.interventions import CheckedIntervention, Intervention, check, do
 from cradle_pyro.queries.scale import SCALES, log2_expression
 from cradle_pyro.queries.support import support_notes
@@ -77,9 +77,10 @@ def counterfactual(
     Raises
     ------
     QueryError
-        If the intervention names something that the model does not have.
+        If the intervention names something that the model does not have or intervenes on itself,
+        or a setting cannot be.
     DataError
-        If the cells do not fit the model.
+        If there are no cells, or they do not fit the model.
 
     Notes
     -----
@@ -103,7 +104,7 @@ def counterfactual(
     >>> bool((same.layers["counts"].toarray() == adata.X[:5].toarray()).all())
     True
     """
-    _check_draws(draws, count_draws)
+    _check_draws(draws, count_draws, seed=seed, chunk=chunk)
     data = query_cells(posterior, cells)
     checked = check(posterior, intervention, data.n_cells)
     moments = _Moments((data.n_cells, posterior.schema.n_genes))
@@ -118,7 +119,7 @@ def counterfactual(
         if part.draw == 0:
             library[part.rows] = world[sites.LIBRARY].cpu().numpy()
         if part.draw < count_draws:
-            values = world[sites.COUNTS].cpu().numpy()
+            values = world[sites.COUNTS].float().cpu().numpy()
             kept[part.draw].append(values if is_dense else sp.csr_matrix(values))
 
     over_draws(
@@ -167,7 +168,7 @@ def cell_effect(
     QueryError, DataError
         As in :func:`counterfactual`.
     """
-    _check_draws(draws)
+    _check_draws(draws, seed=seed, chunk=chunk)
     data = query_cells(posterior, cells)
     checked = check(posterior, intervention, data.n_cells)
     base = check(posterior, do() if reference is None else reference, data.n_cells)
@@ -199,10 +200,12 @@ def query_cells(posterior: Posterior, cells: AnnData | CellData) -> CellData:
     Raises
     ------
     DataError
-        If the cells do not fit the model.
+        If there are no cells, or they do not fit the model.
     QueryError
         If CellData have another schema.
     """
+    if not (cells.n_cells if isinstance(cells, CellData) else cells.n_obs):
+        raise DataError("Expected at least one cell, found none. Check how the cells were chosen.")
     if not isinstance(cells, CellData):
         return cell_data(cells, posterior.config.data, schema=posterior.schema)
     if cells.schema != posterior.schema:
@@ -234,12 +237,17 @@ def query_record(
     } | settings
 
 
-def _check_draws(draws: int, count_draws: int = 0) -> None:
+def _check_draws(draws: int, count_draws: int = 0, *, seed: int, chunk: int | None) -> None:
     if draws < 1 or not 0 <= count_draws <= draws:
         raise QueryError(
             f"At least one draw is needed and counts of at most as many, found draws={draws} and "
             f"count_draws={count_draws}."
         )
+    check_whole("draws", draws, 1)
+    check_whole("count_draws", count_draws, 0)
+    check_whole("seed", seed, 0)
+    if chunk is not None:
+        check_whole("chunk", chunk, 1)
 
 
 class _Moments:

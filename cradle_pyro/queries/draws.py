@@ -7,7 +7,9 @@ for all interventions that are asked about, so that differences are not those of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from dataclasses import replace
+from numbers import Integral
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +18,27 @@ from torch import Tensor
 
 from cradle_pyro import sites
 from cradle_pyro.data.dataset import CellData
-from cradle_pyro.inference.objectives import local_sites
-from cradle_pyro.inference.posterior import Posterior
-from cradle_pyro.model.intervene import sample_nodes
+from cradle_pyro.errors import QueryError
+from cradle_pyro.inference.objectives import is_local
+from cradle_pyro.inference.posterior import Posterior, draw_latents
+from cradle_pyro.model.intervene import Do, given_values, may_be_given, sample_nodes
 from cradle_pyro.model.noise import innermost
 from cradle_pyro.queries.abduction import Abduction, abduct, hold_noise
+from cradle_pyro.queries.interventions import empty_batch, to_pair
 from cradle_pyro.queries.progress import progress_bar
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch
 
-__all__ = ["Part", "draw_globals", "has_slab", "over_draws", "reference_draw", "seed_of"]
+__all__ = [
+    "Part",
+    "check_whole",
+    "completed",
+    "draw_globals",
+    "has_slab",
+    "over_draws",
+    "reference_draw",
+    "seed_of",
+]
 
 PyroCallable = Callable[[Batch], object]
 
@@ -51,10 +64,52 @@ class Part(NamedTuple):
     abduction: Abduction
 
 
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise QueryError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise QueryError(f"{name} is a whole number of at least {least}, found {value!r}.")
+
+
 def seed_of(*key: int) -> int:
     """Return a seed that depends on the whole key, such as query seed, draw, first cell."""
     # With its length: NumPy takes (0, 1) and (0, 1, 0) for the same.
     return int(np.random.SeedSequence((len(key), *key)).generate_state(1)[0])
+
+
+def completed(posterior: Posterior) -> Posterior:
+    """Return the posterior with what an edited model says of its latents, and the guide does not.
+
+    Returns
+    -------
+    Posterior
+        Of a guide in which a latent that the model is conditioned on has the model's value (and
+        all that the guide draws is drawn given this value), and a global latent that the guide
+        lacks is drawn from the model's prior. The posterior itself, where the model has neither.
+    """
+    model, guide = posterior.model, posterior.guide
+    batch = empty_batch(posterior, 2)
+    given = given_values(model, batch)
+    with torch.no_grad(), seeded(0):
+        drawn = sample_nodes(poutine.trace(guide).get_trace(batch))
+        nodes = sample_nodes(poutine.trace(model).get_trace(batch))
+    globals_ = {n for n, node in nodes.items() if not (node["is_observed"] or is_local(node))}
+    lacking = (globals_ | given.keys()) - drawn.keys()
+    held = {n: node["value"] for n, node in drawn.items() if node["is_observed"]}
+    if not lacking and _are_held(given, held):
+        return posterior
+
+    def complete(cells: Batch) -> None:
+        conditioned = poutine.condition(guide, data=given_values(model, cells))
+        known = draw_latents(conditioned, cells)
+        if lacking:
+            rest = poutine.condition(model, data=known)
+            poutine.block(rest, expose=sorted(lacking))(cells)
+
+    return replace(posterior, guide=complete)  # type: ignore[arg-type]
+
+
+def _are_held(given: dict[str, Tensor], held: dict[str, Tensor]) -> bool:
+    return all(name in held and torch.equal(held[name], given[name]) for name in given)
 
 
 def draw_globals(
@@ -76,14 +131,12 @@ def draw_globals(
     first = batch.take(torch.zeros(1, dtype=torch.long, device=batch.library.device))
     with torch.no_grad():
         trace = poutine.trace(guide).get_trace(first)
-    local = local_sites(trace)
-    nodes = {name: node for name, node in sample_nodes(trace).items() if name not in local}
+    nodes = {name: node for name, node in sample_nodes(trace).items() if not is_local(node)}
     values = {name: node["value"] for name, node in nodes.items()}
     if given_slab:
         for name, node in nodes.items():
-            base = innermost(node["fn"])
-            if hasattr(base, "given_slab"):
-                values[name] = base.given_slab().sample()
+            if _is_mixed(node):
+                values[name] = innermost(node["fn"]).given_slab().sample()
     return values
 
 
@@ -91,9 +144,12 @@ def has_slab(guide: PyroCallable, batch: Batch) -> bool:
     """Return whether any global site of the guide has a spike-and-slab posterior."""
     with torch.no_grad(), seeded(0):
         trace = poutine.trace(guide).get_trace(batch)
-    return any(
-        hasattr(innermost(node["fn"]), "given_slab") for node in sample_nodes(trace).values()
-    )
+    return any(_is_mixed(node) for node in sample_nodes(trace).values())
+
+
+def _is_mixed(node: dict[str, Any]) -> bool:
+    """Return whether a site is drawn from spike and slab."""
+    return not node["is_observed"] and hasattr(innermost(node["fn"]), "given_slab")
 
 
 def over_draws(
@@ -132,13 +188,14 @@ def over_draws(
     given_slab
         As in :func:`draw_globals`.
     """
+    posterior = completed(posterior)
     n_genes = posterior.schema.n_genes
     size = chunk or min(_MOST_CELLS_AT_A_TIME, max(_ENTRIES_AT_A_TIME // n_genes, 1))
     starts = range(0, data.n_cells, size)
     with progress_bar(what, len(starts) * draws, show=progress) as advance, torch.no_grad():
         for start in starts:
             rows = slice(start, min(start + size, data.n_cells))
-            batch = data.batch(rows, device=posterior.device)
+            batch = to_pair(posterior, data.batch(rows))
             for draw in range(draws):
                 with seeded(seed_of(seed, draw)):
                     globals_ = draw_globals(posterior.guide, batch, given_slab=given_slab)
@@ -160,6 +217,7 @@ def reference_draw(
     n_cells: int,
     *,
     artifacts: bool = False,
+    libraries: bool = False,
     from_prior: bool = False,
     counts: bool = False,
     given_slab: bool = False,
@@ -169,11 +227,14 @@ def reference_draw(
     Parameters
     ----------
     posterior
-        A fitted pair.
+        A fitted pair, :func:`completed`.
     n_cells
         Cells, drawn from the abducted training controls.
     artifacts
         Draw the cells' flags from the model; otherwise they have none.
+    libraries
+        Draw the cells' libraries from the model, given their flags, where it models libraries;
+        otherwise they are those of the controls as observed, whose own flags are not kept.
     from_prior
         Draw basal states from the prior instead.
     counts
@@ -188,7 +249,6 @@ def reference_draw(
     """
     reference, schema = posterior.reference, posterior.schema
     with torch.no_grad():
-        device = posterior.device
         rows = _choose_rows(len(reference.library), n_cells)
         batch = Batch(
             counts=torch.zeros(n_cells, schema.n_genes),
@@ -196,16 +256,20 @@ def reference_draw(
             artifact=torch.zeros(n_cells, schema.n_artifacts),
             library=reference.library[rows],
             covariates=reference.covariates[rows],
-        ).to(device)
+        )
+        batch = to_pair(posterior, batch)
         latents = draw_globals(posterior.guide, batch, given_slab=given_slab)
         if not from_prior:
             z_basal = torch.normal(reference.loc[rows], reference.scale[rows])
-            latents[sites.Z_BASAL] = z_basal.to(device)
-        acts = {sites.LIBRARY: batch.library}
+            latents[sites.Z_BASAL] = z_basal.to(batch.library)
+        acts = {}
+        if not libraries:
+            acts[sites.LIBRARY] = batch.library
         if not artifacts:
             acts[sites.ARTIFACT] = batch.artifact
         world, latents = _sampled(posterior.model, batch, latents, acts)
-        batch = batch.replace(artifact=acts.get(sites.ARTIFACT, world[sites.ARTIFACT]))
+        drawn = world | acts
+        batch = batch.replace(artifact=drawn[sites.ARTIFACT], library=drawn[sites.LIBRARY])
         if counts:
             batch = batch.replace(counts=world[sites.COUNTS])
         fresh = _fresh_artifact(posterior, batch)
@@ -215,14 +279,32 @@ def reference_draw(
 def _sampled(
     model: PyroCallable, batch: Batch, latents: dict[str, Tensor], acts: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the sites' values of cells generated under `acts`, and all latents of these cells."""
-    world = poutine.condition(poutine.uncondition(model), data=latents)
-    trace = poutine.trace(poutine.do(world, data=acts)).get_trace(batch)
-    nodes = sample_nodes(trace)
+    """Return the sites' values of cells generated under `acts`, and all latents of these cells.
+
+    A latent that the model is conditioned on keeps the model's value, and a site that the model
+    intervenes on itself is left to it.
+    """
+    nodes = _generated(model, batch, latents, acts)
+    if any(_was_observed(node) and may_be_given(node) for node in nodes.values()):
+        given = given_values(model, batch)
+        if not _are_held(given, latents):
+            latents = latents | given
+            nodes = _generated(model, batch, latents, acts)
     values = {name: node["value"] for name, node in nodes.items()}
-    # What the model observes or computes is no latent.
-    drawn = {name for name, node in nodes.items() if not node["infer"].get("was_observed")}
-    return values, {name: values[name] for name in drawn}
+    # What the model observes or computes is no latent, unless it has a value of the model's own.
+    is_latent = {name: name in latents or not _was_observed(nodes[name]) for name in nodes}
+    return values, {name: value for name, value in values.items() if is_latent[name]}
+
+
+def _generated(
+    model: PyroCallable, batch: Batch, latents: dict[str, Tensor], acts: dict[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    world = poutine.condition(poutine.uncondition(model), data=latents)
+    return sample_nodes(poutine.trace(Do(acts, yields=True)(world)).get_trace(batch))
+
+
+def _was_observed(node: dict[str, Any]) -> bool:
+    return bool(node["infer"].get("was_observed"))
 
 
 def _choose_rows(n_available: int, n_cells: int) -> Tensor:

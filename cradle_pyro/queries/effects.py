@@ -6,7 +6,7 @@ random numbers). Draws of the globals give the interval; cells are averaged over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,9 +19,17 @@ from cradle_pyro.data.encode import canonical_label
 from cradle_pyro.errors import QueryError, near, shown
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.queries.abduction import Abduction, predict
-from cradle_pyro.queries.calls import s_values
+from cradle_pyro.queries.calls import s_values, sign_calls
 from cradle_pyro.queries.counterfactual import query_cells, query_record
-from cradle_pyro.queries.draws import Part, has_slab, over_draws, reference_draw, seed_of
+from cradle_pyro.queries.draws import (
+    Part,
+    check_whole,
+    completed,
+    has_slab,
+    over_draws,
+    reference_draw,
+    seed_of,
+)
 from cradle_pyro.queries.interventions import (
     FACTUAL,
     CheckedIntervention,
@@ -49,12 +57,14 @@ __all__ = [
     "effects",
     "generated_effects",
     "interaction",
+    "interactions",
 ]
 
 Kind = Literal["direct", "total"]
 Scale = Literal["rate", "counts"]
 
 _INTERVAL = (0.025, 0.975)
+_COLUMNS = ("gene", "mean", "sd", "ci_low", "ci_high", "lfsr", "out_of_support")
 _ENTRIES_AT_A_TIME = 20_000_000
 
 
@@ -126,7 +136,7 @@ def compare(
     scale
         "rate": log2(1 + 1e4 rate), the expected fraction of the library. "counts": the same of
         generated counts over their library, for comparison with observed cells; its interval
-        includes the count noise of `n_cells` cells.
+        includes the count noise of `n_cells` cells. See Notes for the libraries.
     cells
         Average over these cells, abducted; by default over abducted training controls.
     by
@@ -150,18 +160,28 @@ def compare(
     ------
     QueryError
         If an intervention names something that the model does not have, `scale` is unknown, or
-        `by` is not a column of the cells.
+        `by` is not a column of the cells, lacks values, or is named like a column of the answer.
     DataError
-        If the cells do not fit the model.
+        If the cells do not fit the model, or there are none.
+
+    Notes
+    -----
+    Libraries matter to the scale "counts" alone. A cell keeps its own, moved by the flags that it
+    gains or loses, and an intervention on the library fixes it. Of the training controls the
+    libraries are kept, but not the flags that belong to them. They are used as observed where both
+    worlds are without flags. Where either has flags, or lets them follow the perturbation, a
+    control's library is drawn from the model given the flags that it is drawn with; otherwise a
+    library that a flag has lowered already could be lowered again.
     """
     checked, base = check(posterior, first), check(posterior, second)
     _check_scale(scale)
+    _check_sizes(draws, n_cells, seed)
     groups = _groups(posterior, cells, by, n_cells, seed)
     values, slab = _both_contrasts(
         posterior, [checked], base, groups=groups, scale=scale, draws=draws, n_cells=n_cells,
         seed=seed,
     )  # fmt: skip
-    labels = None if groups is None else groups.data.labels
+    labels = [posterior.schema.control] if groups is None else groups.data.labels
     support = [support_notes(posterior, one, labels) for one in (checked, base)]
     record = query_record(
         posterior, checked, support, reference=str(second), scale=SCALES[scale], draws=draws,
@@ -215,11 +235,12 @@ def interaction(
     -----
     The model adds perturbations in latent state and in log-rates. What it can say of an
     interaction comes from a decoder with hidden layers, from rates that sum to one, and from the
-    scale (log2(1 + 1e4 rate) bends near zero), not from a term of its own for the pair.
+    scale (log2(1 + 1e4 rate) bends near zero), not from a term of its own for the pair. A cell's
+    response is no source of it: each member's log-fold changes are scaled apart, and their sum
+    stays a sum. Support is that of the pair and of every member alone.
     """
     schema = posterior.schema
-    row = label_design(schema, pair)
-    members = [name for name, on in zip(schema.perturbations, row.tolist(), strict=True) if on]
+    members = _members(schema, pair)
     if len(members) < 2:
         raise QueryError(f"An interaction needs two or more perturbations, found '{pair}'.")
     worlds = [check(posterior, _world(schema, label, kind)) for label in (pair, *members)]
@@ -232,7 +253,7 @@ def interaction(
         )
     )  # fmt: skip
     result = _table(schema, values, slab)
-    support = [support_notes(posterior, worlds[0])]
+    support = [support_notes(posterior, one) for one in (*worlds, base)]
     record = query_record(
         posterior, worlds[0], support, reference=f"sum of {' and '.join(members)}",
         scale=SCALES["rate"], draws=draws, n_cells=n_cells, seed=seed,
@@ -242,9 +263,90 @@ def interaction(
     return result
 
 
+def interactions(
+    posterior: Posterior,
+    pairs: Sequence[str] | None = None,
+    *,
+    kind: Kind = "direct",
+    least_effect: float = 0.1,
+    draws: int = 100,
+    n_cells: int = 100,
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Return how much pairs do beyond the sum of their members, one row for each pair.
+
+    Parameters
+    ----------
+    posterior
+        A fitted pair.
+    pairs
+        Labels of two perturbations each; by default all such labels of the screen, held out or
+        not.
+    kind, draws, n_cells, seed
+        As in :func:`interaction`; every pair is answered with the same numbers as there.
+    least_effect
+        Genes whose posterior mean is smaller in size (log2) do not count as called, however sure
+        their sign is: rates sum to one, so that a strong effect on some genes moves all others.
+    progress
+        Show a progress bar.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns first, second (the members), label, strength (root mean square over genes of the
+        posterior mean interaction, log2), n_called (genes of at least `least_effect` whose sign
+        is called at an expected false sign rate of 10 %, among those of the pair), largest_gene
+        and largest_mean (the greatest posterior mean in size, log2), out_of_support.
+        ``attrs["cradle_query"]`` records the query.
+
+    Raises
+    ------
+    QueryError
+        If the model does not know one of the perturbations, a label does not name two of them, a
+        pair is asked about twice, or there is none.
+
+    Notes
+    -----
+    All pairs share the draws and the effects of their members. What the model can say of an
+    interaction, and what not, see :func:`interaction`.
+    """
+    schema = posterior.schema
+    _check_sizes(draws, n_cells, seed)
+    asked = _pairs(posterior) if pairs is None else list(pairs)
+    members = _members_of_pairs(schema, asked)
+    base = check(posterior, _world(schema, schema.control, kind))
+    blocks = list(_blocks_of_pairs(members, _ENTRIES_AT_A_TIME // (draws * schema.n_genes)))
+    rows = []
+    with progress_bar("Interactions", len(blocks) * draws, show=progress) as advance:
+        for block in blocks:
+            labels = {name: None for k in block for name in (asked[k], *members[k])}
+            column = {label: k for k, label in enumerate(labels)}
+            values = _contrasts(
+                posterior, [check(posterior, _world(schema, one, kind)) for one in labels], base,
+                groups=None, scale="rate", draws=draws, n_cells=n_cells, seed=seed, advance=advance,
+            )[:, :, 0]  # fmt: skip
+            for k in block:
+                first, second = members[k]
+                sum_of_both = values[:, column[first]] + values[:, column[second]]
+                beyond = values[:, column[asked[k]]] - sum_of_both
+                found = _strength(schema, beyond, least_effect)
+                rows.append({"first": first, "second": second, "label": asked[k], **found})
+    result = pd.DataFrame(rows)
+    support = [support_notes(posterior, check(posterior, _world(schema, k, kind))) for k in asked]
+    result["out_of_support"] = [any(notes.values()) for notes in support]
+    record = query_record(
+        posterior, base, support, kind=kind, scale=SCALES["rate"], least_effect=least_effect,
+        draws=draws, n_cells=n_cells, seed=seed,
+    )  # fmt: skip
+    record["reference"] = record.pop("intervention")
+    result.attrs["cradle_query"] = record
+    return result
+
+
 def effects(
     posterior: Posterior,
-    labels: Sequence[str] | None = None,
+    labels: str | Sequence[str] | None = None,
     *,
     kind: Kind = "direct",
     scale: Scale = "rate",
@@ -260,8 +362,8 @@ def effects(
     posterior
         A fitted pair.
     labels
-        Perturbation labels; by default all single perturbations and all labels of the screen, held
-        out or not.
+        Perturbation labels, or one of them; by default all single perturbations and all labels of
+        the screen, held out or not.
     kind, scale, draws, n_cells, seed
         As in :func:`average_effect`; every label is answered with the same numbers as there.
     progress
@@ -272,8 +374,9 @@ def effects(
     AnnData
         Perturbations x genes. ``X``: mean effects; layers ``sd``, ``ci_low``, ``ci_high``,
         ``lfsr`` and ``s_value`` (expected false sign rate of calling an entry and all surer ones,
-        over the whole table). ``obs``: ``n_train`` cells, ``out_of_support`` and ``support`` (in
-        words). ``uns["cradle_query"]`` records the query.
+        over the whole table). ``obs``: ``perturbation`` (the names again, categorical, for plots
+        of scanpy), ``n_train`` cells, ``out_of_support`` and ``support`` (in words).
+        ``uns["cradle_query"]`` records the query.
 
     Raises
     ------
@@ -284,8 +387,8 @@ def effects(
 
     schema = posterior.schema
     _check_scale(scale)
-    labels = _all_labels(posterior) if labels is None else list(labels)
-    _check_sizes(draws, n_cells)
+    labels = _all_labels(posterior) if labels is None else _as_labels(schema, labels)
+    _check_sizes(draws, n_cells, seed)
     worlds = [check(posterior, _world(schema, label, kind)) for label in labels]
     spelled = [canonical_label(label, schema.delimiter, schema.control) for label in labels]
     if len(set(spelled)) < len(labels) or not labels:
@@ -294,7 +397,7 @@ def effects(
     block = max(_ENTRIES_AT_A_TIME // (draws * schema.n_genes), 1)
     summaries = []
     blocks = range(0, len(worlds), block)
-    passes = 1 + has_slab(posterior.guide, empty_batch(posterior, 1))
+    passes = 1 + has_slab(completed(posterior).guide, empty_batch(posterior, 1))
     with progress_bar("Effects", passes * len(blocks) * draws, show=progress) as advance:
         for start in blocks:
             values, slab = _both_contrasts(
@@ -307,11 +410,12 @@ def effects(
     n_train = posterior.labels.set_index("label")["train"].reindex(spelled, fill_value=0)
     obs = pd.DataFrame(
         {
+            "perturbation": pd.Categorical(labels, categories=labels),
             "n_train": n_train.to_numpy(),
             "out_of_support": [bool(text) for text in sentences],
             "support": sentences,
         },
-        index=pd.Index(labels, name="perturbation"),
+        index=pd.Index(labels),
     )
     layers = {
         name: np.concatenate([summary[name] for summary in summaries]).astype(np.float32)
@@ -333,7 +437,7 @@ def effects(
 
 def effect_draws(
     posterior: Posterior,
-    labels: Sequence[str],
+    labels: str | Sequence[str],
     *,
     draws: int = 50,
     n_cells: int = 100,
@@ -350,7 +454,9 @@ def effect_draws(
         If the model does not know one of the perturbations.
     """
     schema = posterior.schema
-    worlds = [check(posterior, _world(schema, label, "direct")) for label in labels]
+    worlds = [
+        check(posterior, _world(schema, label, "direct")) for label in _as_labels(schema, labels)
+    ]
     base = check(posterior, _world(schema, schema.control, "direct"))
     return _contrasts(
         posterior, worlds, base, groups=None, scale="rate", draws=draws, n_cells=n_cells, seed=seed
@@ -388,8 +494,8 @@ def generated_effects(
     draws, n_cells, seed
         As in :func:`effect_draws`.
     """
-    _check_sizes(draws, n_cells)
-    schema = posterior.schema
+    _check_sizes(draws, n_cells, seed)
+    schema, posterior = posterior.schema, completed(posterior)
     totals = np.zeros((len(labels) + 1, schema.n_genes))
     worlds = list(zip([schema.control, *labels], [control_library, *libraries], strict=True))
     checked = [check(posterior, _world(schema, label, "direct")) for label, _ in worlds]
@@ -401,7 +507,7 @@ def generated_effects(
         for row, ((_, library), one) in enumerate(zip(worlds, checked, strict=True)):
             with seeded(seed_of(seed, draw, row)):
                 chosen = torch.as_tensor(library, dtype=torch.float32)
-                depth = chosen[torch.randint(len(chosen), (n_cells,))].to(posterior.device)
+                depth = chosen[torch.randint(len(chosen), (n_cells,))].to(cells.batch.library)
                 acts = one.acts(cells.batch, cells.values) | {sites.LIBRARY: depth}
                 world = predict(posterior.model, cells._replace(latents=free), acts)
             fraction = _fraction(posterior, world)
@@ -430,14 +536,8 @@ def _groups(
     data = query_cells(posterior, cells)
     names, codes = ["all"], np.zeros(data.n_cells, dtype=np.int64)
     if by is not None:
-        columns = {} if data is cells else cells.obs  # type: ignore[union-attr]
-        if by not in columns:
-            raise QueryError(
-                f"by={by!r} is not a column of the cells{near(by, list(columns))}. Found "
-                f"{shown(columns, 12) or 'none: give an AnnData'}."
-            )
-        column = columns[by].astype(str)
-        found, codes = np.unique(column.to_numpy(dtype=str), return_inverse=True)
+        column = _group_column({} if data is cells else cells.obs, by)  # type: ignore[union-attr]
+        found, codes = np.unique(column, return_inverse=True)
         names = found.tolist()
     rng = np.random.default_rng(seed)
     chosen = [
@@ -445,6 +545,27 @@ def _groups(
     ]
     rows = np.sort(np.concatenate(chosen))
     return _Groups(data.subset(rows), codes[rows], names)
+
+
+def _group_column(columns: Mapping[str, pd.Series] | pd.DataFrame, by: str) -> np.ndarray:
+    """Return each cell's group, as text."""
+    if by not in columns:
+        known = [str(name) for name in columns]
+        raise QueryError(
+            f"by={by!r} is not a column of the cells{near(by, known) or '.'} Found "
+            f"{shown(known, 12) or 'none: give an AnnData'}."
+        )
+    if by in _COLUMNS:
+        raise QueryError(
+            f"by={by!r} is also the name of a column of the answer. Rename it in cells.obs."
+        )
+    n_missing = int(columns[by].isna().sum())
+    if n_missing:
+        raise QueryError(
+            f"Expected a group for each cell, found {n_missing} of {len(columns[by])} cells without"
+            f" a value of {by!r}. Fill them in, or leave these cells out."
+        )
+    return columns[by].astype(str).to_numpy(dtype=str)
 
 
 def _contrasts(
@@ -461,31 +582,30 @@ def _contrasts(
     advance: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
     """Return draws of mean differences to `base`, shape (draws, worlds, groups, genes)."""
-    _check_sizes(draws, n_cells)
+    _check_sizes(draws, n_cells, seed)
+    posterior = completed(posterior)
     n_groups = 1 if groups is None else len(groups.names)
     shape = (draws, len(worlds), n_groups, posterior.schema.n_genes)
     totals = np.zeros(shape, dtype=np.float32)
 
     def add(abduction: Abduction, draw: int, codes: np.ndarray, sizes: np.ndarray) -> None:
         reference = _expression(posterior, abduction, base, scale)
-        share = torch.zeros(n_groups, len(codes), device=reference.device)
+        share = reference.new_zeros(n_groups, len(codes))
         share[codes, np.arange(len(codes))] = torch.as_tensor(1 / sizes[codes]).to(share)
         for column, world in enumerate(worlds):
             change = _expression(posterior, abduction, world, scale) - reference
             totals[draw, column] += (share @ change).cpu().numpy()
 
     if groups is None:
-        artifacts = any(
-            one.flags in (None, FACTUAL)
-            for one in (*worlds, base)
-            if not isinstance(one.flags, Tensor)
-        )
+        flags = [one.flags for one in (*worlds, base)]
+        artifacts = any(not isinstance(one, Tensor) and one in (None, FACTUAL) for one in flags)
+        flagged = any(not isinstance(one, Tensor) or bool(one.any()) for one in flags)
         codes, sizes = np.zeros(n_cells, dtype=np.int64), np.array([n_cells])
         for draw in range(draws):
             with seeded(seed_of(seed, draw)):
                 cells = reference_draw(
-                    posterior, n_cells, artifacts=artifacts, counts=scale == "counts",
-                    given_slab=given_slab,
+                    posterior, n_cells, artifacts=artifacts, libraries=flagged,
+                    counts=scale == "counts", given_slab=given_slab,
                 )  # fmt: skip
                 add(cells, draw, codes, sizes)
             advance()
@@ -509,6 +629,7 @@ def _both_contrasts(
     **how: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return draws of the posterior, and of the posterior given that there are effects."""
+    posterior = completed(posterior)
     values = _contrasts(posterior, worlds, base, given_slab=False, **how)
     if not has_slab(posterior.guide, empty_batch(posterior, 1)):
         return values, values
@@ -536,14 +657,29 @@ def _world(schema: Schema, label: str, kind: Kind) -> Intervention:
     return do(perturbation=label, artifact=0 if kind == "direct" else None)
 
 
-def _check_sizes(draws: int, n_cells: int) -> None:
+def _as_labels(schema: Schema, labels: str | Iterable[str]) -> list[str]:
+    """Return a list of labels that the schema knows, of one label or of several."""
+    if not isinstance(labels, str | Iterable):
+        raise QueryError(f"Expected labels such as ['KLF1', 'KLF1+CEBPA'], found {labels!r}.")
+    names = [labels] if isinstance(labels, str) else list(labels)
+    for name in names:
+        label_design(schema, name)
+    return names
+
+
+def _check_sizes(draws: int, n_cells: int, seed: int) -> None:
     if draws < 1 or n_cells < 1:
         raise QueryError(f"Expected draws >= 1 and n_cells >= 1, found {draws} and {n_cells}.")
+    check_whole("draws", draws, 1)
+    check_whole("n_cells", n_cells, 1)
+    check_whole("seed", seed, 0)
 
 
 def _check_scale(scale: str) -> None:
     if scale not in SCALES:
-        raise QueryError(f"scale is {shown(SCALES)}, found {scale!r}{near(scale, list(SCALES))}.")
+        raise QueryError(
+            f"scale is {shown(SCALES)}, found {scale!r}{near(scale, list(SCALES)) or '.'}"
+        )
 
 
 def _all_labels(posterior: Posterior) -> list[str]:
@@ -551,6 +687,59 @@ def _all_labels(posterior: Posterior) -> list[str]:
     others = [str(label) for label in posterior.labels["label"]]
     known = {*schema.perturbations, schema.control}
     return [*schema.perturbations, *(label for label in others if label not in known)]
+
+
+def _members(schema: Schema, label: str) -> list[str]:
+    row = label_design(schema, label).tolist()
+    return [name for name, on in zip(schema.perturbations, row, strict=True) if on]
+
+
+def _pairs(posterior: Posterior) -> list[str]:
+    schema = posterior.schema
+    labels = [str(label) for label in posterior.labels["label"]]
+    return [label for label in labels if len(_members(schema, label)) == 2]
+
+
+def _members_of_pairs(schema: Schema, pairs: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return both members of each pair, after checking that they are different pairs."""
+    members = [tuple(_members(schema, pair)) for pair in pairs]
+    wrong = [pair for pair, names in zip(pairs, members, strict=True) if len(names) != 2]
+    if wrong:
+        raise QueryError(
+            f"Expected labels of two perturbations, found {shown(wrong)}. For more than two, ask "
+            "for one interaction at a time."
+        )
+    if len(set(members)) < len(members) or not members:
+        raise QueryError(
+            f"Expected different pairs, at least one; found {shown(pairs) or 'none in the screen'}."
+        )
+    return members
+
+
+def _blocks_of_pairs(members: Sequence[tuple[str, ...]], most: int) -> Iterator[list[int]]:
+    """Yield runs of pairs that, with their different members, are about `most` worlds."""
+    block: list[int] = []
+    names: set[str] = set()
+    for k, pair in enumerate(members):
+        if block and len(block) + 1 + len(names.union(pair)) > most:
+            yield block
+            block, names = [], set()
+        block.append(k)
+        names.update(pair)
+    yield block
+
+
+def _strength(schema: Schema, values: np.ndarray, least_effect: float) -> dict[str, Any]:
+    """Return the summary of draws of one interaction, shape (draws, genes)."""
+    summary = _summary(values, values)
+    mean = summary["mean"]
+    largest = int(np.abs(mean).argmax())
+    return {
+        "strength": float(np.sqrt(np.square(mean, dtype=np.float64).mean())),
+        "n_called": int((sign_calls(summary["lfsr"]) & (np.abs(mean) >= least_effect)).sum()),
+        "largest_gene": schema.genes[largest],
+        "largest_mean": float(mean[largest]),
+    }
 
 
 def _table(schema: Schema, values: np.ndarray, slab: np.ndarray) -> pd.DataFrame:

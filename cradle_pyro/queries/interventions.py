@@ -118,6 +118,7 @@ def do(
     >>> print(do(perturbation={"KLF1": 0.5}, library=5000))
     do(perturbation=KLF1=0.5, library=5000)
     """
+    _check_kind("sites", sites, Mapping)
     given = dict(sites or {})
     wrong = [name for name in _KEYWORDS if name in given]
     if wrong:
@@ -227,7 +228,7 @@ class CheckedIntervention:
             Which of all cells the batch holds, where it does not hold all: values of further sites
             may be given for each of them.
         """
-        n_cells, device = len(batch), batch.library.device
+        n_cells = len(batch)
         acts: dict[str, Tensor] = {}
         if self.design is not None:
             acts[sites.PERTURBATION] = self.design.to(batch.perturbation).expand(n_cells, -1)
@@ -240,7 +241,7 @@ class CheckedIntervention:
         elif self.flags == TYPICAL:
             generator = torch.Generator().manual_seed(torch.initial_seed() ^ _OWN_STREAM)
             chosen = torch.randint(len(self.pool), (n_cells,), generator=generator)
-            acts[sites.ARTIFACT] = self.pool[chosen].to(device)
+            acts[sites.ARTIFACT] = self.pool[chosen].to(batch.artifact)
         library = self.intervention.library
         if library == FACTUAL:
             acts[sites.LIBRARY] = batch.library
@@ -302,8 +303,12 @@ def label_design(schema: Schema, label: str) -> Tensor:
     QueryError
         If it names a perturbation the schema lacks.
     """
+    if not isinstance(label, str):
+        raise QueryError(
+            f"A label is a text such as 'KLF1' or 'KLF1{schema.delimiter}CEBPA', found {label!r}."
+        )
     names = [part.strip() for part in label.split(schema.delimiter)]
-    return _design_row(schema, {name: 1.0 for name in names if name != schema.control}, label)
+    return _design_row(schema, dict.fromkeys(names, 1.0), label)
 
 
 def _design(schema: Schema, perturbation: Levels | None) -> Tensor | None:
@@ -319,15 +324,16 @@ def _design_row(schema: Schema, dosages: Mapping[str, float], label: str) -> Ten
     position = {name: index for index, name in enumerate(schema.perturbations)}
     row = torch.zeros(schema.n_perturbations)
     for name, dosage in dosages.items():
-        if name not in position:
+        if name not in position and name != schema.control:
             raise QueryError(
                 f"The model knows no perturbation '{name}' (in '{label}')"
-                f"{near(name, schema.perturbations)}. Known: {shown(schema.perturbations)}, and "
-                f"'{schema.control}' for none."
+                f"{near(name, schema.perturbations) or '.'} Known: {shown(schema.perturbations)}, "
+                f"and '{schema.control}' for none."
             )
         if not 0 <= dosage < float("inf"):
             raise QueryError(f"A dosage is a number >= 0, found {dosage} for '{name}'.")
-        row[position[name]] = dosage
+        if name != schema.control:
+            row[position[name]] = dosage
     return row
 
 
@@ -359,8 +365,8 @@ def _flags(schema: Schema, artifact: Levels | None) -> Tensor | str | None:
     for name, severity in artifact.items():
         if name not in schema.artifacts:
             raise QueryError(
-                f"The model knows no artifact flag '{name}'{near(name, schema.artifacts)}. Known: "
-                f"{shown(schema.artifacts, 10)}; or 0, '{FACTUAL}', '{TYPICAL}'."
+                f"The model knows no artifact flag '{name}'{near(name, schema.artifacts) or '.'} "
+                f"Known: {shown(schema.artifacts, 10)}; or 0, '{FACTUAL}', '{TYPICAL}'."
             )
         if not 0 <= severity <= 1:
             raise QueryError(f"A severity lies in [0, 1], found {severity} for '{name}'.")
@@ -380,7 +386,7 @@ def _check_sites(posterior: Posterior, given: Mapping[str, Any]) -> frozenset[st
     for name, value in given.items():
         if name not in values:
             raise QueryError(
-                f"The model has no site '{name}'{near(name, list(values))}. Its sites: "
+                f"The model has no site '{name}'{near(name, list(values)) or '.'} Its sites: "
                 f"{shown(values, len(values))}."
             )
         shape = values[name].shape
@@ -400,13 +406,27 @@ def empty_batch(posterior: Posterior, n_cells: int) -> Batch:
     for _, levels in schema.covariates:
         covariates[:, start] = 1.0
         start += len(levels)
-    return Batch(
+    batch = Batch(
         counts=torch.zeros(n_cells, schema.n_genes),
         perturbation=torch.zeros(n_cells, schema.n_perturbations),
         artifact=torch.zeros(n_cells, schema.n_artifacts),
         library=statistics.log_library_mean.cpu().exp().expand(n_cells),
         covariates=covariates,
-    ).to(posterior.device)
+    )
+    return to_pair(posterior, batch)
+
+
+def to_pair(posterior: Posterior, batch: Batch) -> Batch:
+    """Return the batch on the pair's device and in its floating-point type (float32, if none)."""
+    parameters = getattr(posterior.model, "parameters", lambda: iter(()))()
+    floats = (parameter.dtype for parameter in parameters if parameter.is_floating_point())
+    dtype = next(floats, torch.float32)
+    values = {
+        name: value.to(dtype)
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    return batch.replace(**values).to(posterior.device)
 
 
 def _of_cells(name: str, value: Tensor, like: Tensor, rows: slice, n_cells: int) -> Tensor:
@@ -448,6 +468,8 @@ def _levels(name: str, text: str) -> str | dict[str, float]:
         value = _number(level) if equals else 1.0
         if value is None or not key:
             raise QueryError(f"Expected {name} levels such as A=0.5+B=1, found '{text}'.")
+        if key in levels:
+            raise QueryError(f"Expected one {name} level of each, found '{key}' twice in '{text}'.")
         levels[key] = value
     return levels
 
@@ -461,7 +483,7 @@ def _number(text: str) -> float | None:
 
 def _spelled(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "+".join(f"{name}={level:g}" for name, level in value.items())
+        return "+".join(f"{name}={level:g}" for name, level in value.items()) or "{}"
     if isinstance(value, Tensor):
         return f"{value.item():g}" if value.numel() == 1 else f"tensor{tuple(value.shape)}"
     return f"{value:g}" if isinstance(value, Real) else str(value)

@@ -14,6 +14,8 @@ from cradle_pyro.data.prepare import cell_data
 from cradle_pyro.errors import QueryError, near, shown
 from cradle_pyro.inference.objectives import local_sites
 from cradle_pyro.inference.posterior import Posterior
+from cradle_pyro.queries.draws import check_whole, completed
+from cradle_pyro.queries.interventions import to_pair
 from cradle_pyro.seeding import seeded
 
 if TYPE_CHECKING:
@@ -56,23 +58,29 @@ def latent(
     Raises
     ------
     QueryError
-        If cells have no such latent.
+        If cells have no such latent, or a setting cannot be.
     DataError
         If the cells do not fit the model.
     """
+    guide = completed(posterior).guide
     data = cells
     if not isinstance(data, CellData):
         data = cell_data(data, posterior.config.data, schema=posterior.schema)
+    for name, value, least in (
+        ("draws", 1 if draws is None else draws, 1),
+        ("global_draws", global_draws, 1),
+        ("seed", seed, 0),
+        ("chunk", chunk, 1),
+    ):
+        check_whole(name, value, least)
     n_draws = global_draws if draws is None else draws
     pieces = []
     with seeded(seed), torch.no_grad():
         for start in range(0, data.n_cells, chunk):
-            batch = data.batch(
-                np.arange(start, min(start + chunk, data.n_cells)), device=posterior.device
-            )
+            batch = to_pair(posterior, data.batch(slice(start, start + chunk)))
             values = []
             for _ in range(n_draws):
-                trace = poutine.trace(posterior.guide).get_trace(batch)
+                trace = poutine.trace(guide).get_trace(batch)
                 node = trace.nodes[_known_site(site, local_sites(trace))]
                 values.append(_mean(node) if draws is None else node["value"])
             stacked = torch.stack(values)

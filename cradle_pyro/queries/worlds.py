@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,8 +17,14 @@ from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.model.intervene import run_world
 from cradle_pyro.queries.abduction import Abduction, abduct
 from cradle_pyro.queries.counterfactual import query_cells, query_record
-from cradle_pyro.queries.draws import reference_draw, seed_of
-from cradle_pyro.queries.interventions import FACTUAL, CheckedIntervention, Intervention, check
+from cradle_pyro.queries.draws import check_whole, completed, reference_draw, seed_of
+from cradle_pyro.queries.interventions import (
+    FACTUAL,
+    CheckedIntervention,
+    Intervention,
+    check,
+    to_pair,
+)
 from cradle_pyro.queries.progress import progress_bar
 from cradle_pyro.queries.scale import is_log_normalised
 from cradle_pyro.queries.support import support_notes
@@ -53,6 +60,7 @@ def intervene(
         A fitted pair.
     intervention
         From :func:`~cradle_pyro.do`. Flags that it does not name follow the perturbation.
+        A further site of cells may be given a value for each of the `n_cells`.
     n_cells
         Number of cells to generate.
     population
@@ -75,14 +83,16 @@ def intervene(
         Cells x genes. ``X`` and ``layers["counts"]``: generated counts; ``layers["rate"]``:
         expected fractions of the library. ``obs``: ``perturbation``, ``cradle_library``,
         ``cradle_draw``, a column ``cradle_qc_<flag>`` for each flag, and ``cradle_artifact``.
-        ``uns["cradle_query"]`` records the query.
+        ``uns["cradle_query"]`` records the query, and as ``library`` where libraries come from
+        unless the intervention names one: "model", "cells", or the numbers given.
 
     Raises
     ------
     QueryError
-        If the intervention names something that the model does not have, or a setting cannot be.
+        If the intervention names something that the model does not have or intervenes on itself,
+        or a setting cannot be.
     DataError
-        If the cells of the population do not fit the model.
+        If the cells of the population do not fit the model, or there are none.
 
     References
     ----------
@@ -91,12 +101,15 @@ def intervene(
     """
     from anndata import AnnData
 
-    checked = check(posterior, intervention)
+    check_whole("seed", seed, 0)
+    checked = check(posterior, intervention, n_cells)
     draws = min(n_cells, _MOST_DRAWS) if draws is None else draws
     if n_cells < 1 or not 1 <= draws <= n_cells:
         raise QueryError(
             f"Expected n_cells >= 1 and 1 <= draws <= n_cells, found {n_cells} and {draws}."
         )
+    check_whole("n_cells", n_cells, 1)
+    check_whole("draws", draws, 1)
     depth = _given_library(library)
     data, from_prior = None, False
     if not isinstance(population, str):
@@ -110,22 +123,25 @@ def intervene(
             f"{intervention} holds what cells had, but the kept controls have neither counts nor "
             "flags. Give cells, population=adata, or name a value."
         )
-    sizes = np.diff(np.linspace(0, n_cells, draws + 1).round().astype(int))
+    posterior = completed(posterior)
+    ends = np.linspace(0, n_cells, draws + 1).round().astype(int)
     pieces = []
     with progress_bar("Worlds", draws, show=progress) as advance:
-        for draw, size in enumerate(sizes.tolist()):
+        for draw, (start, end) in enumerate(itertools.pairwise(ends.tolist())):
             with seeded(seed_of(seed, draw)):
-                cells = _population(posterior, data, size, from_prior=from_prior)
+                cells = _population(posterior, data, end - start, from_prior=from_prior)
             with seeded(seed_of(seed, draw, 1)):
-                pieces.append(_generate(posterior, cells, checked, depth))
+                pieces.append(_generate(posterior, cells, checked, depth, slice(start, end)))
             advance()
+    if depth is None or (isinstance(depth, str) and sites.LIBRARY not in cells.noise):
+        depth = "model" if sites.LIBRARY in cells.noise else "cells"
     values = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     obs = _described(posterior.schema, values)
-    obs["cradle_draw"] = np.repeat(np.arange(draws), sizes)
+    obs["cradle_draw"] = np.repeat(np.arange(draws), np.diff(ends))
     support = [support_notes(posterior, checked, obs["perturbation"])]
     record = query_record(
         posterior, checked, support, population=population if data is None else "cells",
-        draws=draws, seed=seed,
+        library=depth if isinstance(depth, str) else depth.tolist(), draws=draws, seed=seed,
     )  # fmt: skip
     counts = values[sites.COUNTS]
     if not is_log_normalised(posterior):
@@ -156,7 +172,7 @@ def _population(
     if data is None:
         return reference_draw(posterior, size, from_prior=from_prior)
     rows = torch.randint(data.n_cells, (size,)).numpy()
-    batch = data.batch(rows, device=posterior.device)
+    batch = to_pair(posterior, data.batch(rows))
     return abduct(posterior.model, posterior.guide, batch, counts=False)
 
 
@@ -165,10 +181,11 @@ def _generate(
     cells: Abduction,
     checked: CheckedIntervention,
     library: Literal["model", "cells"] | np.ndarray | None,
+    rows: slice,
 ) -> dict[str, np.ndarray]:
     """Return the sites of generated cells: their latents held, all that is observed drawn anew."""
     batch = cells.batch
-    acts = checked.acts(batch, cells.values)
+    acts = checked.acts(batch, cells.values, rows)
     if sites.ARTIFACT not in acts and sites.ARTIFACT not in cells.noise and batch.artifact.shape[1]:
         raise QueryError(
             "The model does not model flags (artifact_risk is off): name them in the intervention, "
@@ -176,14 +193,14 @@ def _generate(
         )
     if isinstance(library, np.ndarray):
         depth = torch.as_tensor(library, dtype=torch.float32)
-        depth = depth[torch.randint(len(depth), (len(batch),))].to(posterior.device)
+        depth = depth[torch.randint(len(depth), (len(batch),))].to(batch.library)
         acts.setdefault(sites.LIBRARY, depth)
     elif library == "cells":
         acts.setdefault(sites.LIBRARY, batch.library)
     latents = {name: value for name, value in cells.latents.items() if name != sites.COUNTS}
     world = run_world(posterior.model, batch, latents, acts)
     names = (sites.PERTURBATION, sites.ARTIFACT, sites.LIBRARY, sites.RATE, sites.COUNTS)
-    return {name: world[name].cpu().numpy() for name in names}
+    return {name: world[name].float().cpu().numpy() for name in names}
 
 
 def _given_library(library: object) -> Literal["model", "cells"] | np.ndarray | None:
