@@ -26,7 +26,7 @@ cli = typer.Typer(
     name="cradle-pyro",
     help="Perturbation effects of single-cell CRISPR screens, freed from technical artifacts.\n\n"
     "A screen goes through simulate (or your own h5ad), annotate, train and evaluate; then ask the "
-    "run with query and effects. "
+    "run with query and effects, and send a report. "
     "Try everything at once with: cradle-pyro demo",
     no_args_is_help=True,
     add_completion=False,
@@ -273,6 +273,32 @@ def effects(
         f"Wrote {out}: {table.n_obs:,} perturbations x {table.n_vars:,} genes, {n_called:,} "
         f"effects called at an expected false sign rate of {CALL_RATE:.0%}."
     )
+
+
+@cli.command()
+def report(
+    run: Run,
+    out: Annotated[
+        Optional[Path], typer.Option("--out", help="HTML file; default RUN/report.html.")
+    ] = None,
+    data: Annotated[
+        Optional[Path], typer.Option("--data", help="The screen; default the path in the run.")
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Posterior draws of the effects.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Seed.", min=0)] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write one page to send to a colleague: quality, effects, evaluation, calibration.
+
+    The page is a single HTML file that needs no network.
+
+    Example: cradle-pyro report runs/a --out report.html
+    """
+    from cradle_pyro.workflow import report_run
+
+    path = report_run(run, data=data, out=out, draws=draws, seed=seed, progress=not quiet)
+    size = path.stat().st_size / 1e6
+    _console(quiet).print(f"Wrote {path}: one page of {size:.1f} MB. Open it in a browser.")
 
 
 @cli.command()

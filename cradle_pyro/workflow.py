@@ -1,34 +1,59 @@
-"""Whole jobs on files, as the command line offers them: train, evaluate, ask, the demo."""
+"""Whole jobs on files, as the command line offers them: train, evaluate, ask, report, the demo."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 
 from cradle_pyro.config import Config
 from cradle_pyro.data.confounding import confounding_report, warn_confounding
+from cradle_pyro.data.dataset import CellData
 from cradle_pyro.data.fields import check_target, read_screen, write_h5ad_atomic
+from cradle_pyro.data.groups import log2_fraction
 from cradle_pyro.data.prepare import Prepared, prepare, prepare_query
 from cradle_pyro.data.qc import QCThresholds, qc_metrics
-from cradle_pyro.errors import DataError, DataWarning, shown
+from cradle_pyro.errors import CheckpointError, DataError, DataWarning, shown
+from cradle_pyro.evaluation.calibration import coverage_curve
+from cradle_pyro.evaluation.criticism import (
+    basal_ranks,
+    count_calibration,
+    latent_diagnostics,
+    predictive_check,
+)
 from cradle_pyro.evaluation.evaluate import Evaluation
 from cradle_pyro.evaluation.evaluate import evaluate as evaluate_posterior
-from cradle_pyro.evaluation.truth import truth_of
+from cradle_pyro.evaluation.truth import Truth, truth_of
 from cradle_pyro.inference.checkpoint import load
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.inference.train import fit
 from cradle_pyro.queries.calls import CALL_RATE
 from cradle_pyro.queries.counterfactual import counterfactual
-from cradle_pyro.queries.effects import Kind, effects
+from cradle_pyro.queries.effects import Kind, effect_draws, effects, interactions
 from cradle_pyro.queries.interventions import Intervention, check, do
+from cradle_pyro.queries.progress import progress_bar
+from cradle_pyro.queries.scale import is_log_normalised, log2_expression
+from cradle_pyro.reporting.report import (
+    SIZEABLE,
+    Calibration,
+    Embedding,
+    Example,
+    ReportContent,
+    Screen,
+    strongest_first,
+    write_report,
+)
 from cradle_pyro.reporting.table import strongest_effects, write_text_report
 from cradle_pyro.simulate.perturbseq import simulate_perturbseq
 
@@ -38,6 +63,7 @@ __all__ = [
     "effects_run",
     "evaluate_run",
     "query_run",
+    "report_run",
     "run_demo",
     "train_run",
 ]
@@ -62,6 +88,17 @@ _SMOKE_SETTINGS = (
     "evaluation.split_half_repeats=3",
 )
 _SMOKE_SIZE = {"n_cells": 400, "n_genes": 80, "n_perturbations": 5, "n_pairs": 3}
+
+# Sizes of what a report looks at, for about two minutes on one core.
+_REPORT_PARTS = 9
+_CRITICISM_CELLS = 500
+_RANK_CELLS = 256
+_RANK_DRAWS = 99
+_CLEANED_CELLS = 500
+_CLEAN_DRAWS = 20
+_EXAMPLES = 3
+_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+_LEAST_DRAWS_FOR_LEVELS = 39
 
 
 class Demo(NamedTuple):
@@ -233,6 +270,263 @@ def effects_run(
     return table
 
 
+def report_run(
+    run: str | Path,
+    *,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    draws: int = 100,
+    seed: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Write one self-contained HTML page about a run, and return its path.
+
+    Parameters
+    ----------
+    run
+        A run directory. Its ``metrics.json`` is used if it is not older than the run; else the run
+        is evaluated, and the file is written.
+    data
+        The screen it was trained on; the recorded path if omitted.
+    out
+        HTML file; ``report.html`` in the run directory if omitted.
+    draws
+        Posterior draws of effects and interactions.
+    seed
+        Seed of all draws.
+    progress
+        Show a progress bar.
+
+    Raises
+    ------
+    CradleError
+        If the run is damaged, the screen is not the one that it was trained on, or the page cannot
+        be written.
+    """
+    run = Path(run)
+    posterior = load(run)
+    out = Path(out) if out is not None else run / "report.html"
+    check_target(out)
+    path = Path(data) if data is not None else _recorded_path(posterior, run)
+    prepared = _prepared(posterior, read_screen(path), path)
+    with progress_bar("Report", _REPORT_PARTS, show=progress) as advance:
+        content = _report_content(
+            posterior, prepared, run, path, draws=draws, seed=seed, advance=advance
+        )
+        write_report(content, out)
+        advance()
+    return out
+
+
+def _report_content(
+    posterior: Posterior,
+    prepared: Prepared,
+    run: Path,
+    path: Path,
+    *,
+    draws: int,
+    seed: int,
+    advance: Callable[[], object],
+) -> ReportContent:
+    """Compute all that a report shows; `advance` is called after each part but the last."""
+    adata, data = prepared
+    truth = truth_of(adata)
+    evaluation = _stored_evaluation(run)
+    if evaluation is None:
+        evaluation = evaluate_posterior(posterior, data, truth=truth)
+        evaluation.write(run / "metrics.json")
+    advance()
+    marginal = posterior.config.evaluation.grouping == "marginal"
+    table = effects(
+        posterior, data.schema.perturbations if marginal else None, draws=draws, seed=seed
+    )
+    members = [len(label.split(data.schema.delimiter)) for label in table.obs_names]
+    table.obs["n_members"] = members
+    advance()
+    pairs = [label for label, n in zip(table.obs_names, members, strict=True) if n == 2]
+    found = interactions(posterior, pairs, draws=draws, seed=seed) if pairs else None
+    advance()
+    test = data.where(split="test")
+    some = np.random.default_rng(seed).permutation(test.n_cells)[:_CLEANED_CELLS]
+    quality, embedding = _report_cells(posterior, test.subset(np.sort(some)), seed=seed)
+    examples = _examples(posterior, test, table, seed=seed)
+    advance()
+    criticism = predictive_check(posterior, test, n_cells=_CRITICISM_CELLS, seed=seed)
+    advance()
+    calibration = _report_calibration(
+        posterior, test, truth, draws=draws, seed=seed, advance=advance
+    )
+    return ReportContent(
+        name=run.resolve().name,
+        screen=_report_screen(posterior, prepared, path),
+        confounding=confounding_report(
+            data.labels,
+            data.failing,
+            control=data.schema.control,
+            covariates=_covariate_table(adata, posterior.config),
+        ),
+        history=posterior.history,
+        criticism=criticism,
+        effects=table,
+        examples=examples,
+        quality=quality,
+        embedding=embedding,
+        interactions=found,
+        evaluation=evaluation,
+        calibration=calibration,
+        config=posterior.config.to_toml(),
+        maker=f"cradle-pyro {metadata.version('cradle-pyro')}",
+        facts=_report_facts(posterior, run, path, seed),
+        commands=_report_commands(run, path, draws, seed),
+        draws=draws,
+    )
+
+
+def _stored_evaluation(run: Path) -> Evaluation | None:
+    """Return the evaluation in the run directory, or None if there is none since its training."""
+    path = run / "metrics.json"
+    if not path.is_file() or path.stat().st_mtime < (run / "manifest.json").stat().st_mtime:
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        scores = pd.DataFrame(stored["scores"]).astype({"value": float})
+        return Evaluation(scores, stored["facts"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"'{path}' is damaged: {error}. Delete it, and the run is evaluated again."
+        ) from error
+
+
+def _report_screen(posterior: Posterior, prepared: Prepared, path: Path) -> Screen:
+    adata, data = prepared
+    schema = data.schema
+    carried = (data.artifact > 0).sum(0)
+    thresholds = posterior.facts.get("qc") or adata.uns.get("cradle_qc")
+    return Screen(
+        path=str(path),
+        n_cells=data.n_cells,
+        n_genes=schema.n_genes,
+        n_controls=int((data.labels == schema.control).sum()),
+        control=schema.control,
+        splits=dict(pd.Series(data.split).value_counts()),
+        covariates={name: len(levels) for name, levels in schema.covariates},
+        median_library=None if is_log_normalised(posterior) else float(np.median(data.library)),
+        flags=pd.DataFrame(
+            {"n_cells": carried, "share": carried / data.n_cells},
+            index=pd.Index(schema.artifacts, name="flag"),
+        ),
+        failing_share=float(data.failing.mean()),
+        thresholds=QCThresholds.from_dict(thresholds) if thresholds and schema.artifacts else None,
+        is_simulated=truth_of(adata) is not None,
+    )
+
+
+def _report_cells(
+    posterior: Posterior, cells: CellData, *, seed: int
+) -> tuple[pd.DataFrame | None, Embedding | None]:
+    """Return QC metrics of failing cells before and after cleaning, and a map of all cells."""
+    from sklearn.decomposition import PCA
+
+    if is_log_normalised(posterior) or not cells.failing.any():
+        return None, None
+    clean = counterfactual(posterior, cells, do(artifact=0), draws=1, seed=seed)
+    worlds = [
+        (cells.rows(slice(None)), cells.library),
+        (clean.layers["counts"], clean.obs["cradle_library"].to_numpy()),
+    ]
+    genes = np.asarray(cells.schema.genes)
+    before, after = (pd.DataFrame(qc_metrics(x, genes, library=size)) for x, size in worlds)
+    medians = {
+        "failing, as observed": before[cells.failing].median(),
+        "failing, without artifact": after[cells.failing].median(),
+        "passing, as observed": before[cells.passing].median(),
+    }
+    logs = [log2_fraction(x.toarray() / size[:, None]) for x, size in worlds]
+    points = PCA(2, random_state=seed).fit_transform(np.concatenate(logs))
+    first, second = np.split(points, 2)
+    return pd.DataFrame(medians), Embedding(first, second, cells.failing)
+
+
+def _examples(posterior: Posterior, test: CellData, table: AnnData, *, seed: int) -> list[Example]:
+    """Return failing cells of the perturbations that do most, and a control given the first."""
+    cells = test.subset(test.failing) if test.failing.any() else test
+    strongest = strongest_first(table)
+    control = cells.schema.control
+    labels = [label for label in strongest if label in set(cells.labels)][: _EXAMPLES - 1]
+    if control in cells.labels:
+        labels.append(control)
+    rows = [int(np.flatnonzero(cells.labels == label)[0]) for label in labels]
+    found = []
+    for label, row in zip(labels, rows, strict=True):
+        one = cells.subset([row])
+        other = strongest[0] if label == control else control
+        flags = np.asarray(cells.schema.artifacts)[one.artifact[0] > 0]
+        worlds = {"factual": do()}
+        if len(flags):
+            worlds["cleaned"] = do(artifact=0)
+        worlds[f"as {other}"] = do(artifact=0, perturbation=other)
+        values = {name: _expression(posterior, one, act, seed) for name, act in worlds.items()}
+        found.append(Example(str(one.obs_names[0]), label, flags.tolist(), values))
+    return found
+
+
+def _expression(posterior: Posterior, cell: CellData, act: Intervention, seed: int) -> pd.Series:
+    """Return the expected log2(1 + 1e4 fraction) of one cell under `act`, by gene."""
+    answer = counterfactual(posterior, cell, act, draws=_CLEAN_DRAWS, count_draws=0, seed=seed)
+    values = log2_expression(posterior, torch.as_tensor(answer.layers["rate"])).numpy()[0]
+    return pd.Series(values, index=pd.Index(cell.schema.genes, name="gene"))
+
+
+def _report_calibration(
+    posterior: Posterior,
+    test: CellData,
+    truth: Truth | None,
+    *,
+    draws: int,
+    seed: int,
+    advance: Callable[[], object],
+) -> Calibration:
+    pit = count_calibration(posterior, test, n_cells=_CRITICISM_CELLS, seed=seed)
+    advance()
+    some = np.random.default_rng(seed).permutation(test.n_cells)[:_RANK_CELLS]
+    ranks = basal_ranks(posterior, test.subset(np.sort(some)), n_draws=_RANK_DRAWS, seed=seed)
+    advance()
+    units, leakage = latent_diagnostics(posterior, test, seed=seed)
+    coverage = None
+    if truth is not None:
+        drawn = effect_draws(
+            posterior, truth.labels, draws=max(draws, _LEAST_DRAWS_FOR_LEVELS), seed=seed
+        )
+        sizeable = np.abs(truth.effects) > SIZEABLE
+        coverage = coverage_curve(drawn[:, sizeable], truth.effects[sizeable], _LEVELS)
+    advance()
+    return Calibration(pit, ranks, _RANK_DRAWS, units, leakage, coverage)
+
+
+def _report_facts(posterior: Posterior, run: Path, path: Path, seed: int) -> dict[str, str]:
+    """Return what identifies a run and this report of it, name to value."""
+    versions = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["versions"]
+    return {
+        "run": str(run.resolve()),
+        "screen": str(path.resolve()),
+        "fingerprint of the screen": str(posterior.facts["fingerprint"]),
+        "seed of the training": str(posterior.facts["seed"]),
+        "seed of this report": str(seed),
+        **{f"trained with {name}": version for name, version in versions.items()},
+    }
+
+
+def _report_commands(run: Path, path: Path, draws: int, seed: int) -> list[str]:
+    here, screen = shlex.quote(str(run)), shlex.quote(str(path))
+    again, config = shlex.quote(f"{run}-again"), shlex.quote(str(run / "config.toml"))
+    return [
+        f"cradle-pyro train {screen} --out {again} --config {config}",
+        f"cradle-pyro evaluate {here} --data {screen}",
+        f"cradle-pyro effects {here} --draws {draws} --seed {seed} --out effects.h5ad",
+        f"cradle-pyro report {here} --data {screen} --draws {draws} --seed {seed}",
+    ]
+
+
 def _warn_support(answer: AnnData) -> None:
     notes = list(answer.uns["cradle_query"]["out_of_support"])
     if notes:
@@ -257,14 +551,20 @@ def _recorded_path(posterior: Posterior, run: Path) -> Path:
 def _evaluate(
     posterior: Posterior, adata: AnnData, path: Path, out: Path
 ) -> tuple[Evaluation, Path]:
+    prepared = _prepared(posterior, adata, path)
+    evaluation = evaluate_posterior(posterior, prepared.data, truth=truth_of(prepared.adata))
+    return evaluation, evaluation.write(out)
+
+
+def _prepared(posterior: Posterior, adata: AnnData, path: Path) -> Prepared:
+    """Return the screen as the run was trained on it, or raise if it is another one."""
     prepared = prepare(adata, posterior.config)
     if prepared.data.fingerprint != posterior.facts["fingerprint"]:
         raise DataError(
             f"'{path}' is not the screen this run was trained on: its fingerprint differs. "
             "Give the same file with --data."
         )
-    evaluation = evaluate_posterior(posterior, prepared.data, truth=truth_of(prepared.adata))
-    return evaluation, evaluation.write(out)
+    return prepared
 
 
 def run_demo(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 import warnings
 
@@ -18,7 +19,7 @@ from cradle_pyro.config import Config
 from cradle_pyro.data.fields import write_h5ad_atomic
 from cradle_pyro.inference.checkpoint import load
 
-COMMANDS = ("simulate", "annotate", "train", "evaluate", "query", "effects", "demo")
+COMMANDS = ("simulate", "annotate", "train", "evaluate", "query", "effects", "report", "demo")
 TINY = [part for setting in SETTINGS for part in ("--set", setting)]
 
 
@@ -216,6 +217,38 @@ def test_a_mistake_in_the_cells_of_a_query(reason, trained, tmp_path):
     assert "did you mean" in reason("effects", trained, *out[2:], "--perturbation", "KLF")
 
 
+def test_a_report_is_one_page_in_the_run(screen, trained, tmp_path, capsys):
+    out = shutil.copytree(trained, tmp_path / "run")
+    moved = stored(anndata.read_h5ad(screen), tmp_path / "moved.h5ad")
+    assert run("report", out, "--data", moved, "--draws", 2, "--seed", 3) == 0
+    assert f"Wrote {out / 'report.html'}: one page of" in capsys.readouterr().out
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"cradle-pyro report {out} --data {moved} --draws 2 --seed 3" in page
+    assert (out / "metrics.json").is_file()
+
+
+def test_a_mistake_in_a_report(reason, screen, trained, tmp_path):
+    def another(adata):
+        adata.layers["counts"] = adata.layers["counts"] * 2
+
+    arguments = ["report", trained, "--out", tmp_path / "a.html"]
+    assert "its fingerprint differs" in reason(*arguments, "--data", write(tmp_path, another))
+    assert "no file at" in reason(*arguments, "--data", tmp_path / "none.h5ad")
+    assert "create it first" in reason("report", trained, "--out", tmp_path / "no" / "a.html")
+    assert "is a directory" in reason("report", trained, "--out", tmp_path)
+    assert "a run directory" in reason("report", tmp_path / "no", "--out", tmp_path / "a.html")
+    assert not (tmp_path / "a.html").exists()
+    assert run(*arguments, "--draws", 0) == 2
+
+
+def test_a_report_when_the_screen_has_moved(reason, tmp_path):
+    path = stored(make_screen(), tmp_path / "screen.h5ad")
+    out = tmp_path / "run"
+    assert run("train", path, "--out", out, "--quiet", *TINY) == 0
+    path.unlink()
+    assert "Give it with --data" in reason("report", out)
+
+
 def test_resume_goes_on_to_more_epochs(screen, tmp_path):
     arguments = ["train", screen, "--out", tmp_path, "--quiet", *TINY]
     arguments += ["--set", "train.schedule=constant"]
@@ -271,6 +304,7 @@ def test_quiet_prints_nothing(command, screen, trained, tmp_path, capfd):
         "evaluate": [trained, "--out", tmp_path / "metrics.json"],
         "query": [trained, "--cells", screen, "--do", "artifact=0", "--out", tmp_path / "c.h5ad"],
         "effects": [trained, "--out", tmp_path / "e.h5ad", "--draws", 2],
+        "report": [trained, "--out", tmp_path / "report.html", "--draws", 2],
         "demo": ["--out", tmp_path / "demo", "--smoke"],
     }[command]  # fmt: skip
     capfd.readouterr()
@@ -449,6 +483,7 @@ def test_a_place_that_cannot_be_written(reason, command, screen, trained, tmp_pa
         "evaluate": [trained, "--out", blocked / "metrics.json"],
         "query": [trained, "--cells", screen, "--do", "artifact=0", "--out", blocked / "a.h5ad"],
         "effects": [trained, "--out", blocked / "a.h5ad"],
+        "report": [trained, "--out", blocked / "a.html"],
         "demo": ["--out", blocked / "demo", "--smoke"],
     }[command]
 

@@ -19,7 +19,7 @@ from cradle_pyro.model.intervene import run_world
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch
 
-__all__ = ["GeneratedQC", "generated_qc", "held_out_density"]
+__all__ = ["GeneratedQC", "generated_qc", "held_out_density", "log_weight"]
 
 _QC_MADS = (3.0, 4.0, 5.0)
 
@@ -72,15 +72,32 @@ def held_out_density(
                     if site["type"] == "sample" and name not in local
                 }
                 guide = poutine.condition(posterior.guide, data=fixed)
-                weights += [_log_weight(posterior, guide, batch) for _ in range(particles)]
+                weights += [log_weight(posterior, guide, batch) for _ in range(particles)]
             values[rows] = log_mean_exp(torch.stack(weights).cpu().numpy())
     return values
 
 
-def _log_weight(
+def log_weight(
     posterior: Posterior, guide: Callable[[Batch], object], batch: Batch
 ) -> torch.Tensor:
-    """Return log p(x, local) - log q(local | x) of one draw of the locals, shape (cells,)."""
+    """Return the log importance weight of one draw of each cell's own latents, in nats.
+
+    Parameters
+    ----------
+    posterior
+        A fitted pair; run under the caller's random state.
+    guide
+        Its guide, with the global latents fixed at one draw (``poutine.condition``).
+    batch
+        The cells; a cell that stands in several rows is drawn as many times.
+
+    Returns
+    -------
+    Tensor
+        log p(x, z, w | globals, library, artifact, perturbation) - log q(z, w | x, globals), shape
+        (cells,). The log of its exponential's mean over draws estimates the density of a cell's
+        counts given the globals: from below in expectation, the closer the more draws.
+    """
     guide_trace = poutine.trace(guide).get_trace(batch)
     values = {
         name: site["value"] for name, site in guide_trace.nodes.items() if site["type"] == "sample"
