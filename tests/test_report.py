@@ -197,10 +197,11 @@ def test_names_are_escaped(content, page):
         name=NASTY,
         facts={NASTY: NASTY},
         commands=[NASTY, *content.commands[1:]],
-        examples=[content.examples[0]._replace(cell=NASTY, label=NASTY)],
+        examples=[content.examples[0]._replace(cell=f'{NASTY}" onload="x', label=NASTY)],
     )
     found = Page(render_report(nasty))
     assert "b" not in found.tags
+    assert "onload" not in {name for _, name, _ in found.attributes}
     assert found.tags["script"] == page.tags["script"] == 2
     assert found.effects["perturbations"][0] == NASTY
     assert NASTY in found.texts["settings"]

@@ -94,8 +94,8 @@ def interval_coverage(
     truth
         True values, same shape and unit.
     least_effect
-        Only entries whose absolute truth is above this count, in the unit of the truth. At 0, entries
-        without any effect are left out.
+        Only entries whose absolute truth is above this count, in the unit of the truth. At 0,
+        entries without any effect are left out.
 
     Returns
     -------
