@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
@@ -60,6 +61,16 @@ def test_only_pairs_that_were_not_screened_are_out_of_support():
     assert table["out_of_support"].tolist() == expected
     assert 0 < sum(expected) < 3
     assert len(table.attrs["cradle_query"]["out_of_support"]) == sum(expected)
+
+
+def test_pairs_of_a_member_that_was_never_screened_alone_are_out_of_support():
+    posterior = shared_fit()
+    labels = posterior.labels.copy()
+    labels.loc[labels["label"] == "KLF1", "train"] = 0
+    table = interactions(dataclasses.replace(posterior, labels=labels), all_pairs(), **FEW)
+    with_klf1 = table["label"].str.split("+").map(lambda members: "KLF1" in members)
+    assert with_klf1.any()
+    assert table.loc[with_klf1, "out_of_support"].all()
 
 
 def test_all_pairs_of_the_screen_are_asked_about():

@@ -309,7 +309,8 @@ def interactions(
     Notes
     -----
     All pairs share the draws and the effects of their members. What the model can say of an
-    interaction, and what not, see :func:`interaction`.
+    interaction, and what not, see :func:`interaction`. A pair is out of support where itself or one
+    of its members alone is.
     """
     schema = posterior.schema
     _check_sizes(draws, n_cells, seed)
@@ -333,11 +334,17 @@ def interactions(
                 found = _strength(schema, beyond, least_effect)
                 rows.append({"first": first, "second": second, "label": asked[k], **found})
     result = pd.DataFrame(rows)
-    support = [support_notes(posterior, check(posterior, _world(schema, k, kind))) for k in asked]
-    result["out_of_support"] = [any(notes.values()) for notes in support]
+    support = {
+        label: support_notes(posterior, check(posterior, _world(schema, label, kind)))
+        for label in {name: None for k, one in enumerate(asked) for name in (one, *members[k])}
+    }
+    unshown = {label for label, notes in support.items() if any(notes.values())}
+    result["out_of_support"] = [
+        not unshown.isdisjoint((one, *members[k])) for k, one in enumerate(asked)
+    ]
     record = query_record(
-        posterior, base, support, kind=kind, scale=SCALES["rate"], least_effect=least_effect,
-        draws=draws, n_cells=n_cells, seed=seed,
+        posterior, base, [*support.values()], kind=kind, scale=SCALES["rate"],
+        least_effect=least_effect, draws=draws, n_cells=n_cells, seed=seed,
     )  # fmt: skip
     record["reference"] = record.pop("intervention")
     result.attrs["cradle_query"] = record
