@@ -139,6 +139,11 @@ def test_every_module_belongs_to_a_layer() -> None:
     assert len(SOURCES) > 5
 
 
+def test_every_folder_is_a_package_that_is_installed() -> None:
+    folders = {path.parent for path in SOURCES}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_module_imports_its_own_layer_or_an_earlier_one(path: Path) -> None:
     assert direction_faults(module_name(path), path.read_text()) == []

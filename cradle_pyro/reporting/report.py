@@ -24,7 +24,7 @@ from cradle_pyro.errors import DataError, shown
 from cradle_pyro.evaluation.evaluate import CEILING, MODEL, Evaluation
 from cradle_pyro.queries.calls import CALL_RATE
 from cradle_pyro.reporting import plots
-from cradle_pyro.reporting.table import _METRICS, _TITLES, _facts, _named
+from cradle_pyro.reporting.table import METRIC_NAMES, PART_TITLES, facts_of, predictor_name
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -795,7 +795,7 @@ def _pairs(content: ReportContent) -> _Section:
 
 def _evaluation(content: ReportContent) -> _Section:
     evaluation = content.evaluation
-    table = evaluation.table(list(_METRICS))
+    table = evaluation.table(list(METRIC_NAMES))
     blocks: list[_Block] = [
         _Text(
             "How near do effects come to those of cells that the model never saw? ATE-ρ correlates "
@@ -811,9 +811,9 @@ def _evaluation(content: ReportContent) -> _Section:
         blocks.append(
             _Table(
                 verdict.title,
-                ("predictor", *_METRICS.values()),
-                [(_named(name), *map(_score, values)) for name, values in rows.iterrows()],
-                strong=(_named(MODEL),),
+                ("predictor", *METRIC_NAMES.values()),
+                [(predictor_name(name), *map(_score, values)) for name, values in rows.iterrows()],
+                strong=(predictor_name(MODEL),),
             )
         )
     scores = evaluation.scores
@@ -826,13 +826,13 @@ def _evaluation(content: ReportContent) -> _Section:
         is_wide=True,
     )
     blocks.append(_Figures([figure]))
-    blocks.append(_Table("Other measures", ("", ""), list(_facts(evaluation))))
+    blocks.append(_Table("Other measures", ("", ""), list(facts_of(evaluation))))
     return _Section("evaluation", "Evaluation", blocks)
 
 
 def _draw_scores(scores: pd.DataFrame, *, ax: Axes) -> None:
     plots.scores(scores, "ate_rho", ax=ax)
-    spelled = {str(name).replace("_", " "): _named(name) for name in scores["predictor"]}
+    spelled = {str(name).replace("_", " "): predictor_name(name) for name in scores["predictor"]}
     labels = ax.get_yticklabels()
     ax.set_yticks(ax.get_yticks(), [spelled.get(one.get_text(), one.get_text()) for one in labels])
     ax.set_xlabel("ATE-ρ")
@@ -1075,11 +1075,11 @@ def _verdict(key: tuple[str, str], scores: pd.Series) -> _Verdict:
     model = float(scores[MODEL])
     ceiling = float(scores.get(CEILING, np.nan))
     baselines = scores.drop([MODEL, CEILING], errors="ignore").dropna()
-    title = _TITLES[key]
+    title = PART_TITLES[key]
     text = f"{title}: effects of the model correlate with the reference at {_score(model)}"
     if len(baselines):
         best = str(baselines.idxmax())
-        text += f", those of the best simple baseline ({_named(best)}) at {_score(baselines[best])}"
+        text += f", those of the best simple baseline ({predictor_name(best)}) at {_score(baselines[best])}"
     if np.isfinite(ceiling):
         text += f", and a second sample of as many cells (the ceiling) at {_score(ceiling)}"
     is_beaten = len(baselines) > 0 and not model >= baselines.max()

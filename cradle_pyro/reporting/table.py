@@ -16,9 +16,19 @@ from cradle_pyro.evaluation.evaluate import CEILING, MODEL, Evaluation
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["markdown", "render", "render_frame", "strongest_effects", "write_text_report"]
+__all__ = [
+    "METRIC_NAMES",
+    "PART_TITLES",
+    "facts_of",
+    "markdown",
+    "predictor_name",
+    "render",
+    "render_frame",
+    "strongest_effects",
+    "write_text_report",
+]
 
-_METRICS = {
+METRIC_NAMES = {
     "ate_rho": "ATE-ρ",
     "ate_r2": "ATE-R²",
     "ate_rho_top20": "ρ top 20",
@@ -36,7 +46,7 @@ _PREDICTORS = {
     "empirical_bayes": "empirical Bayes",
     CEILING: "ceiling (split-half)",
 }
-_TITLES = {
+PART_TITLES = {
     ("cells", "seen"): "Held-out cells, seen perturbations",
     ("cells", "held_out"): "Held-out cells, held-out perturbations",
     ("truth", "seen"): "Known truth, seen perturbations",
@@ -49,17 +59,19 @@ def render(evaluation: Evaluation) -> Iterator[Table]:
     for title, rows in _blocks(evaluation):
         table = _table(title, show_header=True)
         table.add_column("predictor", no_wrap=True)
-        for heading in _METRICS.values():
+        for heading in METRIC_NAMES.values():
             # The last word on a line of its own: "Jaccard" over "20".
             table.add_column("\n".join(heading.split(" ", 1)), justify="right", no_wrap=True)
         for predictor, values in rows.iterrows():
             style = "bold" if predictor == MODEL else "dim" if predictor == CEILING else None
-            table.add_row(_named(predictor), *(_number(value) for value in values), style=style)
+            table.add_row(
+                predictor_name(predictor), *(_number(value) for value in values), style=style
+            )
         yield table
     facts = _table("Cells", show_header=False)
     facts.add_column(no_wrap=True)
     facts.add_column(justify="right", no_wrap=True)
-    for name, value in _facts(evaluation):
+    for name, value in facts_of(evaluation):
         facts.add_row(name, value)
     yield facts
 
@@ -130,11 +142,13 @@ def markdown(evaluation: Evaluation, answers: Mapping[str, pd.DataFrame] | None 
             lines += _markdown_frame(title, frame)
     lines += ["# Evaluation", ""]
     for title, rows in _blocks(evaluation):
-        names = [f"**{_named(p)}**" if p == MODEL else _named(p) for p in rows.index]
+        names = [
+            f"**{predictor_name(p)}**" if p == MODEL else predictor_name(p) for p in rows.index
+        ]
         frame = rows.set_axis(pd.Index(names, name="predictor"))
-        lines += _markdown_frame(title, frame.set_axis(list(_METRICS.values()), axis=1))
+        lines += _markdown_frame(title, frame.set_axis(list(METRIC_NAMES.values()), axis=1))
     lines += ["## Cells", "", "| | |", "|---|---:|"]
-    lines += [f"| {name} | {value} |" for name, value in _facts(evaluation)]
+    lines += [f"| {name} | {value} |" for name, value in facts_of(evaluation)]
     return "\n".join(lines) + "\n"
 
 
@@ -148,19 +162,21 @@ def write_text_report(
 
 
 def _blocks(evaluation: Evaluation) -> Iterator[tuple[str, pd.DataFrame]]:
-    table = evaluation.table(list(_METRICS))
+    table = evaluation.table(list(METRIC_NAMES))
     for key in dict.fromkeys(index[:2] for index in table.index):
         rows = table.loc[key]
         n_labels = evaluation.scores.query("reference == @key[0] and labels == @key[1]")["n_labels"]
         size = int(n_labels.iloc[0])
-        yield f"{_TITLES[key]} ({size} label{'' if size == 1 else 's'})", rows
+        yield f"{PART_TITLES[key]} ({size} label{'' if size == 1 else 's'})", rows
 
 
-def _named(predictor: object) -> str:
+def predictor_name(predictor: object) -> str:
+    """Return how a predictor is called in tables."""
     return _PREDICTORS.get(str(predictor), str(predictor).replace("_", " "))
 
 
-def _facts(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+def facts_of(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    """Yield name and value, as text, of what an evaluation says beside its scores."""
     facts: dict[str, Any] = evaluation.facts
     yield "training / test cells", f"{facts['n_train']:,} / {facts['n_test']:,}"
     yield "cells with an artifact flag", f"{facts['failing_share']:.1%}"

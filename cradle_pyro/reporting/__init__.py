@@ -1,0 +1,1 @@
+"""What users see: AnnData, ArviZ, plots, tables and the report; nothing here is computed anew."""
