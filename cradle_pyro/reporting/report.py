@@ -1079,7 +1079,8 @@ def _verdict(key: tuple[str, str], scores: pd.Series) -> _Verdict:
     text = f"{title}: effects of the model correlate with the reference at {_score(model)}"
     if len(baselines):
         best = str(baselines.idxmax())
-        text += f", those of the best simple baseline ({predictor_name(best)}) at {_score(baselines[best])}"
+        score = _score(baselines[best])
+        text += f", those of the best simple baseline ({predictor_name(best)}) at {score}"
     if np.isfinite(ceiling):
         text += f", and a second sample of as many cells (the ceiling) at {_score(ceiling)}"
     is_beaten = len(baselines) > 0 and not model >= baselines.max()
