@@ -29,7 +29,7 @@ from cradle_pyro.data.dataset import CellData
 from cradle_pyro.data.qc import qc_metrics
 from cradle_pyro.errors import DataError, QueryError
 from cradle_pyro.evaluation.calibration import randomised_pit, rank_statistics
-from cradle_pyro.evaluation.soundness import _FOLDS, _out_of_fold, _reader
+from cradle_pyro.evaluation.soundness import FOLDS, out_of_fold, reader_of
 from cradle_pyro.inference.objectives import with_imputed_flags
 from cradle_pyro.inference.posterior import Posterior, draw_latents
 from cradle_pyro.model.intervene import run_world, sample_nodes
@@ -651,7 +651,7 @@ def _targets(cells: CellData) -> dict[str, tuple[np.ndarray, list[int]]]:
     for column, flag in enumerate(cells.schema.artifacts):
         targets[flag] = np.where(known & flags[:, column], 1, passing), [1]
     _, codes, sizes = np.unique(cells.labels, return_inverse=True, return_counts=True)
-    large = sizes >= 2 * _FOLDS
+    large = sizes >= 2 * FOLDS
     targets["perturbation"] = np.where(large[codes], codes, -1), np.flatnonzero(large).tolist()
     return targets
 
@@ -663,9 +663,9 @@ def _macro_auroc(
     from sklearn.metrics import roc_auc_score
 
     classes, sizes = np.unique(labels, return_counts=True)
-    if len(classes) < 2 or sizes.min() < 2 * _FOLDS:
+    if len(classes) < 2 or sizes.min() < 2 * FOLDS:
         return float("nan"), float("nan")
-    scores = _out_of_fold(_classifier(method, values.shape, seed), values, labels, seed)
+    scores = out_of_fold(_classifier(method, values.shape, seed), values, labels, seed)
     found = []
     for label in positives:
         is_positive = labels == label
@@ -677,7 +677,7 @@ def _macro_auroc(
 
 def _classifier(method: str, shape: tuple[int, ...], seed: int) -> Pipeline:
     if method == "logistic":
-        return _reader(shape, shape[1], seed)
+        return reader_of(shape, shape[1], seed)
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
 

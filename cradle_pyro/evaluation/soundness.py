@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 __all__ = [
+    "FOLDS",
     "Change",
     "Effectiveness",
     "Minimality",
@@ -29,12 +30,14 @@ __all__ = [
     "control_effectiveness",
     "effectiveness",
     "minimality",
+    "out_of_fold",
+    "reader_of",
     "reversibility",
 ]
 
 Values = Literal["counts", "lognorm"]
 
-_FOLDS = 5
+FOLDS = 5
 
 
 class Change(NamedTuple):
@@ -199,17 +202,17 @@ def effectiveness(
     real, made = _profiles(real, values), _profiles(counterfactual, values)
     _check_reading(real, real_labels, made, intended)
     classes = np.unique(real_labels)
-    reader = _reader(real.shape, n_components, seed)
-    out_of_fold = _out_of_fold(reader, real, real_labels, seed)
+    reader = reader_of(real.shape, n_components, seed)
+    read = out_of_fold(reader, real, real_labels, seed)
     reader.fit(real, real_labels)
     score = reader.predict_proba(made)
     before = float("nan")
     if factual is not None:
         _same_shape(factual=np.asarray(factual), counterfactual=np.asarray(counterfactual))
         before = _agreement(reader.predict(_profiles(factual, values)), intended)
-    right = classes[out_of_fold.argmax(1)] == real_labels
+    right = classes[read.argmax(1)] == real_labels
     recall = {label: right[real_labels == label].mean() for label in classes}
-    auroc, real_auroc = _aurocs(classes, out_of_fold, real_labels, score, intended)
+    auroc, real_auroc = _aurocs(classes, read, real_labels, score, intended)
     return Effectiveness(
         read=_agreement(classes[score.argmax(1)], intended),
         before=before,
@@ -264,7 +267,7 @@ def control_effectiveness(
     real_labels, labels = np.asarray(real_labels), np.asarray(labels)
     found = []
     for label in np.unique(labels[labels != control]):
-        if (real_labels == label).sum() < _FOLDS:
+        if (real_labels == label).sum() < FOLDS:
             continue
         rows, own = np.isin(real_labels, (label, control)), labels == label
         result = effectiveness(
@@ -280,7 +283,7 @@ def control_effectiveness(
         found.append(result)
     if not found:
         raise DataError(
-            f"None of {shown(np.unique(labels))} is a perturbation with {_FOLDS} real cells to "
+            f"None of {shown(np.unique(labels))} is a perturbation with {FOLDS} real cells to "
             "learn from. Give more real cells."
         )
     sizes = [result.n for result in found]
@@ -329,7 +332,7 @@ def _change(observed: np.ndarray, other: np.ndarray, values: Values) -> Change:
     return Change(_mean(equal), _mean(equal.all(axis=1)), _mean(distance))
 
 
-def _reader(shape: tuple[int, ...], n_components: int, seed: int) -> Pipeline:
+def reader_of(shape: tuple[int, ...], n_components: int, seed: int) -> Pipeline:
     """Return an untrained classifier of profiles."""
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
@@ -345,11 +348,11 @@ def _reader(shape: tuple[int, ...], n_components: int, seed: int) -> Pipeline:
     return make_pipeline(*steps, LogisticRegression(class_weight="balanced", max_iter=5000))
 
 
-def _out_of_fold(reader: Pipeline, real: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+def out_of_fold(reader: Pipeline, real: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
     """Return class probabilities of real cells by readers that have not seen them."""
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     return np.asarray(cross_val_predict(reader, real, labels, cv=folds, method="predict_proba"))
 
 
@@ -394,10 +397,10 @@ def _check_reading(
                 f"{labels.shape}."
             )
     classes, sizes = np.unique(real_labels, return_counts=True)
-    few = [f"{label} ({size})" for label, size in zip(classes, sizes, strict=True) if size < _FOLDS]
+    few = [f"{label} ({size})" for label, size in zip(classes, sizes, strict=True) if size < FOLDS]
     if len(classes) < 2 or few:
         raise DataError(
-            f"A reader needs two classes with {_FOLDS} real cells each; found {len(classes)}, too "
+            f"A reader needs two classes with {FOLDS} real cells each; found {len(classes)}, too "
             f"small: {shown(few) or 'none'}. Merge or leave out small classes."
         )
     unknown = np.setdiff1d(intended, classes)
