@@ -124,10 +124,14 @@ def complete(app: Sphinx, docname: str, source: list[str]) -> None:
     """Add what is generated, or lies elsewhere, to the pages that show it."""
     for origin, page in PAGES.items():
         if docname == page:
+            app.env.note_dependency(str(ROOT / origin))  # read the page again when it changes
             source[0] = relinked((ROOT / origin).read_text(encoding="utf-8")) + source[0]
     if docname == "command_line":
+        app.env.note_dependency(str(ROOT / "cradle_pyro" / "cli.py"))
         source[0] += commands()
     if docname == "configurations":
+        for path in CONFIGURATIONS:
+            app.env.note_dependency(str(path))
         source[0] += configurations()
 
 
