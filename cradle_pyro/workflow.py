@@ -347,8 +347,8 @@ def _report_content(
     found = interactions(posterior, pairs, draws=draws, seed=seed) if pairs else None
     advance()
     test = data.where(split="test")
-    some = np.random.default_rng(seed).permutation(test.n_cells)[:_CLEANED_CELLS]
-    quality, embedding = _report_cells(posterior, test.subset(np.sort(some)), seed=seed)
+    some = test.random_subset(_CLEANED_CELLS, seed=seed)
+    quality, embedding = _report_cells(posterior, some, seed=seed)
     examples = _examples(posterior, test, table, seed=seed)
     advance()
     criticism = predictive_check(posterior, test, n_cells=_CRITICISM_CELLS, seed=seed)
@@ -488,8 +488,8 @@ def _report_calibration(
 ) -> Calibration:
     pit = count_calibration(posterior, test, n_cells=_CRITICISM_CELLS, seed=seed)
     advance()
-    some = np.random.default_rng(seed).permutation(test.n_cells)[:_RANK_CELLS]
-    ranks = basal_ranks(posterior, test.subset(np.sort(some)), n_draws=_RANK_DRAWS, seed=seed)
+    some = test.random_subset(_RANK_CELLS, seed=seed)
+    ranks = basal_ranks(posterior, some, n_draws=_RANK_DRAWS, seed=seed)
     advance()
     units, leakage = latent_diagnostics(posterior, test, seed=seed)
     coverage = None

@@ -377,6 +377,17 @@ def test_split_selects_rows():
     assert equal(data.subset(mask).batch(), data.batch(np.flatnonzero(mask)))
 
 
+def test_a_random_subset_keeps_the_order_and_depends_on_the_seed():
+    data = make_data()
+    names = [data.random_subset(5, seed=seed).obs_names.tolist() for seed in (0, 0, 1)]
+    assert names[0] == names[1] != names[2]
+    order = {name: row for row, name in enumerate(data.obs_names)}
+    rows = [order[name] for name in names[0]]
+    assert len(rows) == 5
+    assert rows == sorted(set(rows))
+    assert data.random_subset(data.n_cells, seed=0) is data
+
+
 def test_bad_subsets_and_splits_are_errors():
     data = make_data()
     with pytest.raises(DataError, match="mask over 40 cells"):

@@ -356,6 +356,14 @@ def test_a_pair_changed_after_training_is_not_saved(part, tmp_path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_handler_around_an_edited_model_is_not_saved(tmp_path) -> None:
+    posterior = edited("phased")
+    held = poutine.condition(posterior.model, data={"phase": torch.tensor(0.0)})
+    with pytest.raises(CheckpointError, match="found another one"):
+        dataclasses.replace(posterior, model=held).save(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # ----------------------------------------------------------------------- handlers on a trained pair
 
 

@@ -19,7 +19,8 @@ from cradle_pyro import workflow
 from cradle_pyro.errors import CheckpointError, DataError
 from cradle_pyro.evaluation.evaluate import CEILING, MODEL, Evaluation
 from cradle_pyro.queries.calls import CALL_RATE
-from cradle_pyro.reporting import report
+from cradle_pyro.reporting import figures, report
+from cradle_pyro.reporting.figures import PageFigure, page_figure
 from cradle_pyro.reporting.report import MOST_GENES, SIZEABLE, render_report, write_report
 
 SECTIONS = (
@@ -96,15 +97,16 @@ def quick(monkeypatch):
     """Leave figures out of the pages of a test: drawing them is what takes the time."""
 
     def blank(texts, draw, *, size=None):
-        return [report._Figure(title, "<svg></svg>", caption) for title, caption in texts]
+        return [PageFigure(title, "<svg></svg>", caption) for title, caption in texts]
 
-    monkeypatch.setattr(report, "_figures", blank)
+    for module in (figures, report):
+        monkeypatch.setattr(module, "page_figures", blank)
 
 
 @pytest.fixture
 def unsaved(monkeypatch):
     """Draw figures, but leave them out of the page."""
-    monkeypatch.setattr(report, "_light", lambda figure: '<svg viewBox="0 0 9 9"></svg>')
+    monkeypatch.setattr(figures, "_light", lambda figure: '<svg viewBox="0 0 9 9"></svg>')
 
 
 # ---------------------------------------------------------------------------------------- numbers
@@ -244,7 +246,7 @@ def test_a_large_screen_stays_small(unsaved, content, text):
 
 def test_a_figure_of_many_points_stays_small():
     x = np.random.default_rng(0).normal(size=(2, 20_000))
-    figure = report._figure("many", lambda *, ax: ax.scatter(*x), "")
+    figure = page_figure("many", lambda *, ax: ax.scatter(*x), "")
     assert "data:image/png" in figure.svg
     assert len(figure.svg) < 4e5
 
@@ -315,7 +317,7 @@ def test_a_failed_write_leaves_the_old_page_alone(quick, content, tmp_path, monk
 
 
 def test_a_figure_is_the_same_every_time():
-    one, other = (report._figure("a", lambda *, ax: ax.plot([1, 2]), "") for _ in range(2))
+    one, other = (page_figure("a", lambda *, ax: ax.plot([1, 2]), "") for _ in range(2))
     assert one == other
 
 

@@ -13,6 +13,7 @@ import pyro
 import pytest
 import scipy.sparse as sp
 import torch
+from factories import make_statistics
 from linear_gaussian_pair import make_linear_pair, set_linear_encoder
 from pyro import distributions as dist
 from pyro import poutine
@@ -247,6 +248,7 @@ def oracle_export(log_likelihood: str, particles: int = 2, draws: int = 8):
         guide=poutine.condition(guide, data=globals_),
         schema=schema,
         config=SimpleNamespace(model=model.config),
+        statistics=make_statistics(schema),
         device=torch.device("cpu"),
     )
     found = to_arviz(

@@ -263,6 +263,13 @@ class CellData:
             split=None if self.split is None else self.split[index],
         )
 
+    def random_subset(self, n_cells: int, *, seed: int) -> CellData:
+        """Return at most `n_cells` of the cells, chosen at random, in their order."""
+        if self.n_cells <= n_cells:
+            return self
+        rows = np.random.default_rng(seed).permutation(self.n_cells)[:n_cells]
+        return self.subset(np.sort(rows))
+
     def where(self, *, split: str) -> CellData:
         """Return the cells of a split.
 

@@ -502,9 +502,7 @@ def _some_cells(data: CellData, n_cells: int, seed: int) -> CellData:
         raise DataError(
             f"At least one cell is required, found {data.n_cells} and n_cells={n_cells}."
         )
-    if data.n_cells <= n_cells:
-        return data
-    return data.subset(np.sort(np.random.default_rng(seed).permutation(data.n_cells)[:n_cells]))
+    return data.random_subset(n_cells, seed=seed)
 
 
 def _chunks(data: CellData, size: int, device: torch.device) -> Iterator[tuple[slice, Batch]]:

@@ -204,9 +204,8 @@ def _score_truth(
 
 def _predictive_facts(posterior: Posterior, train: CellData, test: CellData) -> dict[str, Any]:
     options = posterior.config.evaluation
-    rng = np.random.default_rng(options.seed)
-    size = min(options.n_density_cells, test.n_cells)
-    cells = test.subset(np.sort(rng.permutation(test.n_cells)[:size]))
+    cells = test.random_subset(options.n_density_cells, seed=options.seed)
+    size = cells.n_cells
     density = held_out_density(
         posterior,
         cells,

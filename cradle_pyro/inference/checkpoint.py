@@ -21,7 +21,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cradle_pyro.config import Config
 from cradle_pyro.errors import CheckpointError, ConfigError, DataWarning, shown
@@ -147,8 +147,11 @@ def load(
 def _check_rebuildable(posterior: Posterior) -> None:
     """Raise for a pair that was changed after it was built: weights do not tell how."""
     parts = (posterior.model, posterior.guide)
-    built = [type(part) for part in parts] == [Cradle, CradleGuide]
-    if posterior.pair is None and not built:
+    if posterior.pair is None:
+        built = [type(part) for part in parts] == [Cradle, CradleGuide]
+    else:
+        built = all(isinstance(part, nn.Module) for part in parts)
+    if not built:
         found = ", ".join(getattr(part, "__name__", type(part).__name__) for part in parts)
         raise CheckpointError(
             f"Expected the pair that was trained, found another one ({found}). A run directory "

@@ -19,7 +19,7 @@ from cradle_pyro.model.intervene import sample_nodes
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch, Schema, Statistics
 
-__all__ = ["PairBuilder", "build_pair", "pair_name", "standard_pair"]
+__all__ = ["PairBuilder", "build_pair", "empty_cells", "pair_name", "standard_pair"]
 
 PairBuilder: TypeAlias = Callable[[Schema, Config, Statistics], tuple[nn.Module, nn.Module]]
 """Returns a model and a guide for a screen; both are modules that are called with a Batch."""
@@ -73,7 +73,7 @@ def build_pair(
                     "CradleGuide, or call the handler in the forward method of a module."
                 )
             _keep_parameters_local(module)
-        _check_sites(model, guide, _one_cell(schema, statistics))
+        _check_sites(model, guide, empty_cells(schema, statistics, 1))
     return model, guide
 
 
@@ -103,16 +103,16 @@ def _keep_parameters_local(module: nn.Module) -> None:
     module.register_forward_hook(leave, always_call=True)
 
 
-def _one_cell(schema: Schema, statistics: Statistics) -> Batch:
-    """Return a control cell without counts or artifact, at the mean library."""
-    like = statistics.log_library_mean
-    levels = [torch.eye(len(levels))[:1] for _, levels in schema.covariates]
+def empty_cells(schema: Schema, statistics: Statistics, n_cells: int) -> Batch:
+    """Return control cells without counts or artifact, at the mean library of the training set."""
+    like = statistics.log_library_mean.cpu()
+    levels = [torch.eye(len(levels))[:1].expand(n_cells, -1) for _, levels in schema.covariates]
     return Batch(
-        counts=like.new_zeros(1, schema.n_genes),
-        perturbation=like.new_zeros(1, schema.n_perturbations),
-        artifact=like.new_zeros(1, schema.n_artifacts),
-        library=like.exp().reshape(1),
-        covariates=torch.cat([torch.zeros(1, 0), *levels], -1).to(like),
+        counts=like.new_zeros(n_cells, schema.n_genes),
+        perturbation=like.new_zeros(n_cells, schema.n_perturbations),
+        artifact=like.new_zeros(n_cells, schema.n_artifacts),
+        library=like.exp().expand(n_cells),
+        covariates=torch.cat([torch.zeros(n_cells, 0), *levels], -1).to(like),
     )
 
 

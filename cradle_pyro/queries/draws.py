@@ -247,15 +247,11 @@ def reference_draw(
     Latents other than the globals and z_basal are drawn from the model. The guide never sees a
     reference cell: its counts are not kept.
     """
-    reference, schema = posterior.reference, posterior.schema
+    reference = posterior.reference
     with torch.no_grad():
         rows = _choose_rows(len(reference.library), n_cells)
-        batch = Batch(
-            counts=torch.zeros(n_cells, schema.n_genes),
-            perturbation=torch.zeros(n_cells, schema.n_perturbations),
-            artifact=torch.zeros(n_cells, schema.n_artifacts),
-            library=reference.library[rows],
-            covariates=reference.covariates[rows],
+        batch = empty_batch(posterior, n_cells).replace(
+            library=reference.library[rows], covariates=reference.covariates[rows]
         )
         batch = to_pair(posterior, batch)
         latents = draw_globals(posterior.guide, batch, given_slab=given_slab)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cradle_pyro import sites
 from cradle_pyro.errors import QueryError, near, shown
+from cradle_pyro.inference.pair import empty_cells
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.model.intervene import run_world
 from cradle_pyro.seeding import seeded
@@ -400,20 +401,7 @@ def _check_sites(posterior: Posterior, given: Mapping[str, Any]) -> frozenset[st
 
 def empty_batch(posterior: Posterior, n_cells: int) -> Batch:
     """Return control cells without counts or artifact, at the mean library of the training set."""
-    schema, statistics = posterior.schema, posterior.statistics
-    covariates = torch.zeros(n_cells, schema.n_covariate_levels)
-    start = 0
-    for _, levels in schema.covariates:
-        covariates[:, start] = 1.0
-        start += len(levels)
-    batch = Batch(
-        counts=torch.zeros(n_cells, schema.n_genes),
-        perturbation=torch.zeros(n_cells, schema.n_perturbations),
-        artifact=torch.zeros(n_cells, schema.n_artifacts),
-        library=statistics.log_library_mean.cpu().exp().expand(n_cells),
-        covariates=covariates,
-    )
-    return to_pair(posterior, batch)
+    return to_pair(posterior, empty_cells(posterior.schema, posterior.statistics, n_cells))
 
 
 def to_pair(posterior: Posterior, batch: Batch) -> Batch:

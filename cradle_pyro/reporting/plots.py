@@ -295,7 +295,7 @@ def interaction_matrix(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     -----
     Only perturbations with a pair are shown, those of the strongest interactions first. Grey
     entries were not asked about. Where there is room, numbers are called genes, and an orange
-    corner stands for a pair without training cells.
+    corner stands for a pair of which no training cells show the pair itself, or a member alone.
     """
     needed = ["first", "second", "strength", "n_called", "out_of_support"]
     check_table(table, needed, "interactions")
@@ -323,7 +323,7 @@ def interaction_matrix(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                 ax.text(x, y, f"{n_called:d}", color=colour, fontsize=7, ha="center", va="center")
     outside = places[table["out_of_support"].to_numpy(dtype=bool)]
     if entry >= 5 and len(outside):
-        note += "\norange corner: pair not trained"
+        note += "\norange corner: pair, or a member alone, not trained"
         corners = np.concatenate([outside, outside[:, ::-1]]) - 0.36
         ax.scatter(corners[:, 1], corners[:, 0], s=10, marker="s", color=ORANGE, linewidths=0)
     ax.set_title(note, fontsize=SMALL + 1, loc="left")

@@ -5,15 +5,11 @@ Everything on the page was computed before; here it is only put into words, tabl
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -24,6 +20,7 @@ from cradle_pyro.errors import DataError, shown
 from cradle_pyro.evaluation.evaluate import CEILING, MODEL, Evaluation
 from cradle_pyro.queries.calls import CALL_RATE
 from cradle_pyro.reporting import plots
+from cradle_pyro.reporting.figures import PageFigure, page_figure, page_figures
 from cradle_pyro.reporting.table import METRIC_NAMES, PART_TITLES, facts_of, predictor_name
 
 if TYPE_CHECKING:
@@ -53,10 +50,7 @@ SIZEABLE = 0.1
 """Effects smaller than this (log2) are not counted in headlines, however sure their sign is."""
 
 _MOST_LISTED = 15
-_LARGEST_SVG = 250_000
-_SIZE = (4.8, 3.5)  # inches of a figure: readable on a telephone, two of them side by side
 _WIDE = 9.4  # inches
-_ZOOM = 1.4  # pixels of the page for a point of a figure, at most
 
 
 class Screen(NamedTuple):
@@ -245,15 +239,8 @@ class _Tiles(NamedTuple):
     kind: str = "tiles"
 
 
-class _Figure(NamedTuple):
-    title: str
-    svg: str
-    caption: str
-    is_wide: bool = False
-
-
 class _Figures(NamedTuple):
-    figures: Sequence[_Figure]
+    figures: Sequence[PageFigure]
     kind: str = "figures"
 
 
@@ -453,7 +440,7 @@ def _confounding(content: ReportContent) -> _Section:
         )
     ]
     blocks += [_Warning(text) for text in _overlap_warnings(report)]
-    figure = _figure(
+    figure = page_figure(
         "Failing share of each perturbation",
         partial(plots.confounding, report, n_most=_MOST_ROWS),
         "Share of cells that fail QC under each perturbation, with its 95 % interval; the band is "
@@ -508,14 +495,14 @@ def _fit(content: ReportContent) -> _Section:
         text = f"Training ran for {len(history)} epochs without validation cells."
     blocks.append(_Text(text))
     blocks.append(_Figures([
-        _figure(
+        page_figure(
             "Loss by epoch",
             partial(plots.training_history, history),
             "The loss in nats per cell on training and on validation cells; lower is better. "
             "Curves that flatten have converged; a validation curve that turns up "
             "shows overfitting.",
         ),
-        _figure(
+        page_figure(
             "Terms of the loss",
             partial(plots.loss_terms, history),
             "What the loss is made of. A term at zero throughout is a part of the model that is "
@@ -532,17 +519,17 @@ def _fit(content: ReportContent) -> _Section:
     return _Section("fit", "Fit", blocks)
 
 
-def _predictive_figures(check: PredictiveCheck) -> list[_Figure]:
+def _predictive_figures(check: PredictiveCheck) -> list[PageFigure]:
     """Return checks gene by gene, then of whole cells."""
     figures = [
-        _figure(
+        page_figure(
             "Variance and mean of counts",
             partial(plots.mean_variance, check.genes),
             "Each point is a gene. Generated cells (orange) should lie on observed ones: counts "
             "vary more than Poisson (dashed) and the model should know by how much.",
             size=(4.8, 4.2),
         ),
-        _figure(
+        page_figure(
             "Share of zeros",
             partial(plots.predictive_genes, check.genes, "zeros"),
             "Each point is a gene; on the line, generated cells have as many zeros as observed "
@@ -556,7 +543,7 @@ def _predictive_figures(check: PredictiveCheck) -> list[_Figure]:
             continue
         words = _METRIC_WORDS[name]
         figures.append(
-            _figure(
+            page_figure(
                 words.capitalize(),
                 partial(plots.predictive_metric, observed, replicated, name=words),
                 "Distribution over held-out cells: the observed line should run inside the band of "
@@ -589,12 +576,12 @@ def _effects(content: ReportContent) -> _Section:
     return _Section("effects", "Effects", blocks)
 
 
-def _effect_figures(effects: AnnData) -> list[_Figure]:
+def _effect_figures(effects: AnnData) -> list[PageFigure]:
     called = _called_and_sizeable(effects)
     strongest = strongest_first(effects)
     labels = strongest[:_MOST_ROWS]
     figures = [
-        _figure(
+        page_figure(
             "Effects on the genes that respond most",
             partial(plots.effect_heatmap, effects, labels=labels, n_genes=_MOST_COLUMNS),
             "One row per perturbation, most called effects first; one column per gene, those most "
@@ -609,7 +596,7 @@ def _effect_figures(effects: AnnData) -> list[_Figure]:
         table = _effect_table(effects, label)
         number = int(called[effects.obs_names.get_loc(label)].sum())
         figures.append(
-            _figure(
+            page_figure(
                 f"All genes under {label}",
                 partial(plots.volcano, table),
                 "Each point is a gene: how much it changes across, how sure the sign is upwards "
@@ -704,11 +691,11 @@ def _cells(content: ReportContent) -> _Section:
     return _Section("cells", title, blocks)
 
 
-def _example_figures(example: Example) -> list[_Figure]:
+def _example_figures(example: Example) -> list[PageFigure]:
     flags = " and ".join(flag.replace("_", " ") for flag in example.flags)
     state = f"The cell fails by {flags}. " if flags else ""
     name = f"{example.cell} ({example.label})"
-    return _figures(
+    return page_figures(
         [
             (
                 f"Genes of {name}",
@@ -724,8 +711,8 @@ def _example_figures(example: Example) -> list[_Figure]:
     )
 
 
-def _embedding_figures(embedding: Embedding) -> list[_Figure]:
-    return _figures(
+def _embedding_figures(embedding: Embedding) -> list[PageFigure]:
+    return page_figures(
         [
             (
                 "Test cells as observed",
@@ -772,7 +759,7 @@ def _pairs(content: ReportContent) -> _Section:
             "the pair's own."
         ),
         _Figures([
-            _figure(
+            page_figure(
                 "Strength of interactions",
                 partial(plots.interaction_matrix, table),
                 "Colour is the root mean square over genes of the interaction of each pair (log2); "
@@ -817,7 +804,7 @@ def _evaluation(content: ReportContent) -> _Section:
             )
         )
     scores = evaluation.scores
-    figure = _figure(
+    figure = page_figure(
         "ATE-ρ of all predictors",
         partial(_draw_scores, scores),
         "Correlation of predicted with reference effects, one colour for each reference: further "
@@ -856,7 +843,7 @@ def _calibration(content: ReportContent) -> _Section:
             f"{_percent(CALL_RATE, 0)} were expected."
         )
         figures.append(
-            _figure(
+            page_figure(
                 "Intervals of effects against the truth",
                 partial(plots.coverage, coverage),
                 "Share of true effects above 0.1 (log2) inside central intervals of the posterior "
@@ -868,27 +855,27 @@ def _calibration(content: ReportContent) -> _Section:
     return _Section("calibration", "Calibration", [_Text(text), _Figures(figures)])
 
 
-def _calibration_figures(calibration: Calibration) -> list[_Figure]:
+def _calibration_figures(calibration: Calibration) -> list[PageFigure]:
     return [
-        _figure(
+        page_figure(
             "Held-out counts",
             partial(plots.pit_histogram, calibration.pit.ravel()),
             "Where each held-out count falls in its predictive distribution (randomised PIT). Flat "
             "is right; a hump says the model expects too much spread, a U too little.",
         ),
-        _figure(
+        page_figure(
             "Basal states",
             partial(plots.rank_histogram, calibration.ranks.ravel(), calibration.n_draws),
             "Ranks of the basal states of generated cells among posterior draws. Flat is right; a "
             "hump says posteriors are too wide, a U too narrow.",
         ),
-        _figure(
+        page_figure(
             "Use of the latent units",
             partial(plots.latent_units, calibration.units),
             "How much each unit of the basal state tells about a cell (divergence of its posterior "
             "from its prior): a unit at zero carries nothing.",
         ),
-        _figure(
+        page_figure(
             "What the basal state gives away",
             partial(plots.leakage, calibration.leakage),
             "How well flags and perturbations can be read from the basal state (AUROC). It should "
@@ -1166,124 +1153,3 @@ def _percent(value: float | None, digits: int = 1) -> str:
 
 def _rate(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-# ------------------------------------------------------------------------------------- figures
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "cradle-pyro",
-    "font.size": 10.0,
-    "savefig.transparent": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.formatter.limits": (-7, 7),
-}
-# The darkest colour of the plots is hard to see on a dark page, which has a lighter one.
-_ON_PAGE = {"#0072b2": "var(--down)"}
-_GREY = re.compile(r"(fill|stroke): #([0-9a-f]{2})\2\2\b")
-_NOT_FOR_HTML = re.compile(
-    r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>"
-    r"| xmlns(:\w+)?=\"[^\"]*\"|font-family: [^;\"]*;? ?",
-    re.DOTALL,
-)
-
-
-def _figure(
-    title: str,
-    draw: Callable[..., object],
-    caption: str,
-    *,
-    size: tuple[float, float] = _SIZE,
-    is_wide: bool = False,
-) -> _Figure:
-    """Return a figure that ``draw(ax=...)`` draws; `size` in inches."""
-    (figure,) = _figures([(title, caption)], lambda *, axes: draw(ax=axes[0]), size=size)
-    return figure._replace(is_wide=is_wide)
-
-
-def _figures(
-    texts: Sequence[tuple[str, str]],
-    draw: Callable[..., object],
-    *,
-    size: tuple[float, float] = _SIZE,
-) -> list[_Figure]:
-    """Return a figure for each title and caption; ``draw(axes=...)`` draws one axes of each."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_STYLE):
-        figures = [Figure(figsize=size, layout="constrained") for _ in texts]
-        draw(axes=[figure.subplots() for figure in figures])
-        for figure in figures:
-            _keep_greys_on_images(figure)
-        return [
-            _Figure(title, _inline(_light(figure), title), caption)
-            for figure, (title, caption) in zip(figures, texts, strict=True)
-        ]
-
-
-def _keep_greys_on_images(figure: Any) -> None:
-    """Make greys on heat maps a hair blue, so that they stay when other greys follow the page."""
-    for ax in figure.axes:
-        if not ax.images:
-            continue
-        for text in ax.texts:
-            text.set_color(_off_grey(text.get_color())[0])
-        for marks in ax.collections:
-            marks.set(
-                facecolor=_off_grey(marks.get_facecolor()),
-                edgecolor=_off_grey(marks.get_edgecolor()),
-            )
-
-
-def _off_grey(colours: Any) -> np.ndarray:
-    from matplotlib.colors import to_rgba_array
-
-    shifted = to_rgba_array(colours)
-    shifted[:, 2] += np.where(shifted[:, 2] < 0.5, 1, -1) / 255
-    return shifted
-
-
-def _light(figure: Any) -> str:
-    """Return a figure as SVG, its many points as a picture inside where they would weigh much."""
-    text = _saved(figure)
-    if len(text) <= _LARGEST_SVG:
-        return text
-    for artist in figure.findobj(_is_heavy):
-        artist.set_rasterized(True)
-    return _saved(figure)
-
-
-def _is_heavy(artist: Any) -> bool:
-    from matplotlib.collections import Collection
-
-    return isinstance(artist, Collection) and artist.axes is not None
-
-
-def _saved(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", dpi=200, metadata={"Date": None})
-    return buffer.getvalue()
-
-
-def _inline(text: str, title: str) -> str:
-    """Return an SVG document as an element of a page: ids of its own, greys in the page's."""
-    text = _GREY.sub(_on_page, _NOT_FOR_HTML.sub("", text).strip()).replace("xlink:href", "href")
-    for colour, on_page in _ON_PAGE.items():
-        text = text.replace(colour, on_page)
-    own = hashlib.sha256((title + text).encode()).hexdigest()[:8]
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{own}-", text)
-    head, rest = text.split(">", 1)
-    width = float(head.split('viewBox="0 0 ')[1].split()[0])
-    head = re.sub(r' (width|height)="[^"]*"', "", head)
-    style = f"max-width: {_ZOOM * width:.0f}px"
-    return f'{head} role="img" aria-label="{escape(title)}" style="{style}">{rest}'
-
-
-def _on_page(match: re.Match[str]) -> str:
-    """Return a grey as a mixture of the page's text (for black) and its card (for white)."""
-    darkness = 1 - int(match[2], 16) / 255
-    if darkness == 1:
-        return f"{match[1]}: currentColor"
-    return f"{match[1]}: color-mix(in srgb, currentColor {darkness:.0%}, var(--card))"

@@ -24,6 +24,7 @@ from cradle_pyro.model.intervene import sample_nodes
 from cradle_pyro.model.noise import innermost
 from cradle_pyro.queries.counterfactual import query_cells
 from cradle_pyro.queries.draws import seed_of
+from cradle_pyro.queries.interventions import empty_batch
 from cradle_pyro.queries.progress import progress_bar
 from cradle_pyro.reporting.inference_data import inference_data
 from cradle_pyro.seeding import seeded
@@ -273,15 +274,7 @@ class _Plan:
         """Return one cell, to learn from which sites there are; an empty one if there is none."""
         if self.data is not None:
             return self._batch(slice(0, 1))
-        schema = self.posterior.schema
-        cell = Batch(
-            counts=torch.zeros(1, schema.n_genes),
-            perturbation=torch.zeros(1, schema.n_perturbations),
-            artifact=torch.zeros(1, schema.n_artifacts),
-            library=torch.ones(1),
-            covariates=torch.zeros(1, schema.n_covariate_levels),
-        )
-        return cell.to(self.posterior.device)
+        return empty_batch(self.posterior, 1)
 
     def batches(self) -> list[tuple[slice, Batch]]:
         """Return the cells, about a million entries at a time."""

@@ -64,9 +64,8 @@ def loo(options: argparse.Namespace) -> Figures:
 
 def densities(posterior: cp.Posterior, data: cp.CellData, options: argparse.Namespace) -> Any:
     """Return log densities of cells of one split, the same cells for all runs with this split."""
-    rows = np.random.default_rng(0).permutation(data.n_cells)[: options.cells]
     return cp.to_arviz(
-        posterior, data.subset(np.sort(rows)), draws=options.draws, prior=False,
+        posterior, data.random_subset(options.cells, seed=0), draws=options.draws, prior=False,
         genes=posterior.schema.genes[:1], particles=options.particles, seed=options.seed,
     )  # fmt: skip
 
