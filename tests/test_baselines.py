@@ -11,7 +11,8 @@ import pytest
 from anndata import AnnData, read_h5ad
 from scipy import integrate, sparse, stats
 
-from cradle_pyro.baselines.predictor import FittedPredictor, Predictor
+import cradle_pyro as cp
+from cradle_pyro.baselines.predictor import Depth, GenerativePredictor, Predictor
 from cradle_pyro.baselines.shrinkage import posterior_moments, shrink
 from cradle_pyro.baselines.simple import (
     Additive,
@@ -23,7 +24,13 @@ from cradle_pyro.baselines.simple import (
     effect_standard_errors,
 )
 from cradle_pyro.data.dataset import CellData
-from cradle_pyro.data.groups import cell_groups, group_moments, label_groups, marginal_groups
+from cradle_pyro.data.groups import (
+    cell_groups,
+    group_moments,
+    label_groups,
+    log2_fraction,
+    marginal_groups,
+)
 from cradle_pyro.errors import DataError, QueryError
 from cradle_pyro.evaluation.metrics import ate_correlation, rmse
 from cradle_pyro.evaluation.reference import group_effects
@@ -41,6 +48,7 @@ class Cells:
     labels: np.ndarray
     failing: np.ndarray
     values: str = "counts"
+    split: None = None
 
     @property
     def n_cells(self) -> int:
@@ -123,27 +131,72 @@ def make_mixture(seed: int, *, shape: tuple[int, int] = (12, 400)) -> tuple[np.n
 # --- contract of every predictor ----------------------------------------------------------------
 
 
+def depth_of(functional: str, labels: list[str] | None = None) -> Depth | None:
+    """What asks a predictor for a functional; the depth itself does not matter to tables."""
+    one = np.array([1000.0])
+    return None if functional == "log_mean" else Depth([one] * len(labels or []), one)
+
+
 @pytest.mark.parametrize("functional", ["log_mean", "mean_log"])
 @pytest.mark.parametrize("grouping", ["label", "marginal"])
 @pytest.mark.parametrize("position", range(6))
 def test_predictor_contract(position: int, functional: str, grouping: str) -> None:
     screen = make_screen(n_genes=40, n_targets=6, cells_per_label=10)
-    predictor = default_baselines(functional, grouping)[position]
+    predictor = default_baselines(grouping)[position]
     assert isinstance(predictor, Predictor)
     assert not hasattr(predictor, "predict")
     fitted = predictor.fit(screen.cells)
-    assert isinstance(fitted, FittedPredictor)
+    assert isinstance(fitted, GenerativePredictor)
     assert fitted.name == predictor.name
     labels = ["T1", "T0+T1", "control", "T3+T4", "T0+T4+T5"]
-    effects = fitted.predict(labels)
+    depth = depth_of(functional)
+    effects = fitted.predict(labels, depth)
     assert effects.shape == (5, 40)
     assert np.isfinite(effects).all()
     np.testing.assert_array_equal(effects[2], 0.0)
-    np.testing.assert_array_equal(fitted.predict(labels[::-1]), effects[::-1])
-    np.testing.assert_array_equal(fitted.predict(["T1+T0"]), effects[1:2])
-    assert fitted.predict([]).shape == (0, 40)
+    np.testing.assert_array_equal(fitted.predict(labels[::-1], depth), effects[::-1])
+    np.testing.assert_array_equal(fitted.predict(["T1+T0"], depth), effects[1:2])
+    assert fitted.predict([], depth).shape == (0, 40)
     with pytest.raises(QueryError, match="did you mean 'T1'"):
-        fitted.predict(["T1+t1x"])
+        fitted.predict(["T1+t1x"], depth)
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_generated_cells_have_the_predicted_profile_and_the_cells_noise(position: int) -> None:
+    cells = make_screen(n_genes=40, n_targets=6, cells_per_label=60, density=0.3).cells
+    predictor = default_baselines()[position]
+    passing = predictor.cells == "passing"
+    fitted = predictor.fit(cells)
+    labels, library = ["control", "T1", "T0+T1"], 1e4
+    drawn = fitted.generate(np.repeat(labels, 4000), np.full(12_000, library), seed=1)
+    assert (drawn == np.round(drawn)).all()
+    drawn = drawn.reshape(3, 4000, 40)
+    profile = log2_fraction(drawn.mean(1) / library)
+    expected = fitted.predict(labels)
+    np.testing.assert_allclose(profile - profile[0], expected, atol=0.15)
+    groups = label_groups(cells, passing=passing)
+    moments = group_moments(cells.counts, cells.library, groups)
+    control = moments.fraction[moments.row("control")]
+    np.testing.assert_allclose(drawn[0].mean(0) / library, control, rtol=0.1, atol=1e-4)
+    # Gamma-Poisson with shape 4: a squared coefficient of variation of 0.25 beyond Poisson noise.
+    variation = (drawn[0].var(0) - drawn[0].mean(0)) / drawn[0].mean(0) ** 2
+    assert np.median(variation[control > 1e-3]) == pytest.approx(0.25, abs=0.08)
+    np.testing.assert_array_equal(
+        fitted.generate(["T1"] * 5, np.full(5, library), seed=3),
+        fitted.generate(["T1"] * 5, np.full(5, library), seed=3),
+    )
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_only_training_cells_are_learned_from(position: int) -> None:
+    adata = cp.simulate_perturbseq(n_cells=300, n_genes=40, n_perturbations=3, n_pairs=1, seed=0)
+    data = CellData.from_anndata(adata, layer="counts", artifact="none")
+    split = np.where(np.arange(data.n_cells) % 2, "train", "test")
+    split[:10] = "val"
+    one = default_baselines()[position].fit(data.with_split(split))
+    other = default_baselines()[position].fit(data.subset(split == "train"))
+    labels = list(np.unique(data.labels))
+    np.testing.assert_array_equal(one.predict(labels), other.predict(labels))
 
 
 def test_names_of_the_default_baselines_are_distinct() -> None:
@@ -179,8 +232,8 @@ def test_training_mean_is_the_effect_of_the_chosen_cells() -> None:
             expected = group_effects(
                 cells.counts, cells.library, {"x": rows}, control, functional=functional
             )
-            fitted = TrainingMean(cells=which, functional=functional).fit(cells)
-            np.testing.assert_allclose(fitted.predict(["T0+T1"]), expected, atol=1e-10)
+            found = TrainingMean(cells=which).fit(cells).predict(["T0+T1"], depth_of(functional))
+            np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
 def test_unseen_pairs_are_sums_of_singles_and_take_what_is_there() -> None:
@@ -260,8 +313,9 @@ def test_missing_controls_and_wrong_options_are_errors() -> None:
         TrainingMean().fit(cells.subset(np.flatnonzero(cells.labels != "control")))
     with pytest.raises(DataError, match="grouping"):
         cell_groups(cells, "labels")
+    moments = group_moments(cells.counts, cells.library, label_groups(cells))
     with pytest.raises(DataError, match="functional"):
-        TrainingMean(functional="mean").fit(cells)
+        moments.value("mean")
     with pytest.raises(DataError, match="'all' or 'passing'"):
         TrainingMean(cells="failing").fit(cells)
 
@@ -519,12 +573,13 @@ def test_empirical_bayes_beats_the_raw_mean_and_the_additive_sum(functional: str
         held_out = ["T0+T1", "T2+T3"]
         training = screen.cells.subset(np.flatnonzero(~np.isin(screen.cells.labels, held_out)))
         seen = sorted(set(training.labels) - {"control"})
-        fitted = EmpiricalBayes(functional=functional).fit(training)
-        raw = TrainingMean(functional=functional).fit(training)
+        depth = depth_of(functional)
+        fitted = EmpiricalBayes().fit(training)
+        raw = TrainingMean().fit(training)
         gains.append(
             [
-                ate_correlation(fitted.predict(labels), screen.true(labels))
-                - ate_correlation(raw.predict(labels), screen.true(labels))
+                ate_correlation(fitted.predict(labels, depth), screen.true(labels))
+                - ate_correlation(raw.predict(labels, depth), screen.true(labels))
                 for labels in (seen, held_out)
             ]
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from cradle_pyro.baselines.predictor import Predictor
+from cradle_pyro.baselines.predictor import Depth, Predictor
 from cradle_pyro.baselines.shrinkage import Shrunken, shrink
 from cradle_pyro.data.groups import (
     SCALE,
@@ -17,6 +17,7 @@ from cradle_pyro.data.groups import (
     GroupMoments,
     cell_groups,
     group_moments,
+    log2_fraction,
 )
 from cradle_pyro.errors import DataError, QueryError, near, shown
 
@@ -26,17 +27,38 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Additive",
+    "ControlCells",
     "EffectNoise",
     "EmpiricalBayes",
     "FittedEffects",
     "GlobalMean",
     "NoChange",
     "TrainingMean",
+    "control_cells",
     "default_baselines",
     "effect_standard_errors",
+    "training_cells",
 ]
 
 Cells = Literal["all", "passing"]
+_Table: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray]
+_FUNCTIONALS: tuple[Functional, ...] = ("log_mean", "mean_log")
+
+
+@dataclass(frozen=True)
+class ControlCells:
+    """What single control cells look like, as far as moments tell.
+
+    Parameters
+    ----------
+    rate
+        Expected fraction of each gene, shape (genes,).
+    dispersion
+        Squared coefficient of variation beyond Poisson noise, shape (genes,).
+    """
+
+    rate: np.ndarray
+    dispersion: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -50,24 +72,29 @@ class FittedEffects:
     schema
         Names of the screen.
     effects
-        Effect of each label with an entry of its own, each of shape (genes,), log2 units.
+        For each functional ("log_mean" of expected profiles, "mean_log" of observed cells), the
+        effect of each label with an entry of its own, each of shape (genes,), log2 units.
     fallback
-        Effect of labels of which nothing is known, shape (genes,).
+        For each functional, the effect of labels of which nothing is known, shape (genes,).
+    control
+        Control cells, around whose profile cells are generated.
     combine_seen
         True to predict a combination by the sum of its singles even if it has its own entry.
     """
 
     name: str
     schema: Schema
-    effects: Mapping[str, np.ndarray]
-    fallback: np.ndarray
+    effects: Mapping[Functional, Mapping[str, np.ndarray]]
+    fallback: Mapping[Functional, np.ndarray]
+    control: ControlCells
     combine_seen: bool = False
 
-    def predict(self, labels: Sequence[str]) -> np.ndarray:
+    def predict(self, labels: Sequence[str], depth: Depth | None = None) -> np.ndarray:
         """Return the effect of each label against control, shape (labels, genes), log2 units.
 
         A label's own entry; else the sum of the entries of the perturbations it names, leaving
-        out those without one; `fallback` when there is none.
+        out those without one; `fallback` when there is none. With `depth` the entries are those
+        seen in the training cells, at the training cells' own depth.
 
         Raises
         ------
@@ -82,62 +109,111 @@ class FittedEffects:
                 f"labels must be combinations of the {len(known)} known perturbations joined by "
                 f"{self.schema.delimiter!r}; found {shown(unknown)}{hint}."
             )
+        functional: Functional = "log_mean" if depth is None else "mean_log"
         if not len(labels):
-            return np.zeros((0, len(self.fallback)))
-        return np.stack([self._effect(label) for label in labels])
+            return np.zeros((0, len(self.fallback[functional])))
+        return np.stack([self._effect(label, functional) for label in labels])
+
+    def generate(self, labels: Sequence[str], library: np.ndarray, *, seed: int = 0) -> np.ndarray:
+        """Return negative binomial counts around each label's profile, shape (cells, genes)."""
+        names, inverse = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+        own = log2_fraction(self.control.rate) + self.predict(names.tolist())
+        mean = np.maximum((2.0**own - 1.0) / SCALE, 0.0)[inverse] * np.asarray(library)[:, None]
+        rng = np.random.default_rng(seed)
+        shape = 1.0 / np.maximum(self.control.dispersion, 1e-6)
+        return rng.poisson(mean * rng.gamma(shape, 1.0 / shape, mean.shape)).astype(np.float32)
 
     def _parts(self, label: str) -> list[str]:
         if label == self.schema.control:
             return []
         return [name for name in str(label).split(self.schema.delimiter) if name]
 
-    def _effect(self, label: str) -> np.ndarray:
+    def _effect(self, label: str, functional: Functional) -> np.ndarray:
+        table, fallback = self.effects[functional], self.fallback[functional]
         parts = sorted(set(self._parts(label)))
         if not parts:
-            return np.zeros_like(self.fallback)
+            return np.zeros_like(fallback)
         own = self.schema.delimiter.join(parts)
-        if own in self.effects and not (self.combine_seen and len(parts) > 1):
-            return self.effects[own]
-        found = [self.effects[name] for name in parts if name in self.effects]
-        return np.sum(found, axis=0) if found else self.fallback
+        if own in table and not (self.combine_seen and len(parts) > 1):
+            return table[own]
+        found = [table[name] for name in parts if name in table]
+        return np.sum(found, axis=0) if found else fallback
 
 
 @dataclass(frozen=True)
-class NoChange:
-    """Predicts that nothing changes."""
-
-    name: str = "no_change"
-
-    def fit(self, data: CellData) -> FittedEffects:
-        """Return zeros for every label."""
-        return FittedEffects(self.name, data.schema, {}, np.zeros(data.schema.n_genes))
-
-
-@dataclass(frozen=True)
-class GlobalMean:
-    """Predicts the same effect for every label: the mean over training labels.
+class _Means:
+    """Predictors made of means of training cells.
 
     Parameters
     ----------
-    cells, functional, grouping, min_cells
-        As in `TrainingMean`.
+    cells
+        ``"all"`` cells or only those ``"passing"`` QC.
+    grouping
+        ``"label"``: cells with exactly this combination; ``"marginal"``: all cells that carry a
+        perturbation, for screens of high multiplicity.
+    min_cells
+        Labels with fewer training cells have no mean of their own.
+    name
+        Name in tables.
     """
 
     cells: Cells = "passing"
-    functional: Functional = "log_mean"
     grouping: Grouping = "label"
     min_cells: int = 1
-    name: str = "global_mean"
+    name: str = ""
 
     def fit(self, data: CellData) -> FittedEffects:
-        """Return the mean over labels of the raw effects."""
-        raw = _raw_effects(_moments(data, self), data.schema.control, self.functional)
-        mean = np.mean(list(raw.values()), axis=0) if raw else np.zeros(data.schema.n_genes)
-        return FittedEffects(self.name, data.schema, {}, mean)
+        """Return the effects of every training label."""
+        if self.cells not in ("all", "passing"):
+            raise DataError(f"cells must be 'all' or 'passing', found {self.cells!r}.")
+        train = training_cells(data)
+        groups = cell_groups(
+            train, self.grouping, min_cells=self.min_cells, passing=self.cells == "passing"
+        )
+        moments = group_moments(train.counts, train.library, groups, values=train.values)
+        found = {f: self._effects(moments, train.schema.control, f) for f in _FUNCTIONALS}
+        return FittedEffects(
+            self.name,
+            train.schema,
+            effects={f: table for f, (table, _) in found.items()},
+            fallback={f: fallback for f, (_, fallback) in found.items()},
+            control=control_cells(moments, train.schema.control),
+            combine_seen=self._combine_seen,
+        )
+
+    _combine_seen: ClassVar[bool] = False
+
+    def _effects(self, moments: GroupMoments, control: str, functional: Functional) -> _Table:
+        """Return effects by label, and that of a label of which nothing is known."""
+        return _raw_effects(moments, control, functional), np.zeros(moments.fraction.shape[1])
 
 
 @dataclass(frozen=True)
-class TrainingMean:
+class NoChange(_Means):
+    """Predicts that nothing changes. Parameters as in `TrainingMean`."""
+
+    name: str = "no_change"
+
+    def _effects(self, moments: GroupMoments, control: str, functional: Functional) -> _Table:
+        return {}, np.zeros(moments.fraction.shape[1])
+
+
+@dataclass(frozen=True)
+class GlobalMean(_Means):
+    """Predicts the same effect for every label: the mean of all labels' raw effects.
+
+    Parameters as in `TrainingMean`.
+    """
+
+    name: str = "global_mean"
+
+    def _effects(self, moments: GroupMoments, control: str, functional: Functional) -> _Table:
+        raw, zeros = super()._effects(moments, control, functional)
+        return {}, np.mean(list(raw.values()), axis=0) if raw else zeros
+
+
+@dataclass(frozen=True)
+class TrainingMean(_Means):
     """Predicts what the training cells of the label show on average.
 
     Combinations without training cells get the sum of their singles, as far as these exist.
@@ -146,8 +222,6 @@ class TrainingMean:
     ----------
     cells
         ``"all"`` cells or only those ``"passing"`` QC.
-    functional
-        ``"log_mean"``: log2(1 + 1e4 mean fraction), or ``"mean_log"``: the mean of the logarithm.
     grouping
         ``"label"``: cells with exactly this combination; ``"marginal"``: all cells that carry a
         perturbation, for screens of high multiplicity.
@@ -155,20 +229,11 @@ class TrainingMean:
         Labels with fewer training cells have no mean of their own.
     """
 
-    cells: Cells = "passing"
-    functional: Functional = "log_mean"
-    grouping: Grouping = "label"
-    min_cells: int = 1
     name: str = "training_mean"
-
-    def fit(self, data: CellData) -> FittedEffects:
-        """Return the raw effect of every training label."""
-        raw = _raw_effects(_moments(data, self), data.schema.control, self.functional)
-        return FittedEffects(self.name, data.schema, raw, np.zeros(data.schema.n_genes))
 
 
 @dataclass(frozen=True)
-class Additive:
+class Additive(_Means):
     """Predicts every combination by the sum of the raw effects of its singles, seen or not.
 
     Parameters as in `TrainingMean`.
@@ -179,17 +244,8 @@ class Additive:
     not yet outperform simple linear baselines", Nature Methods 2025.
     """
 
-    cells: Cells = "passing"
-    functional: Functional = "log_mean"
-    grouping: Grouping = "label"
-    min_cells: int = 1
     name: str = "additive"
-
-    def fit(self, data: CellData) -> FittedEffects:
-        """Return the raw effects, to be summed over the singles of a combination."""
-        raw = _raw_effects(_moments(data, self), data.schema.control, self.functional)
-        zeros = np.zeros(data.schema.n_genes)
-        return FittedEffects(self.name, data.schema, raw, zeros, combine_seen=True)
+    _combine_seen: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -218,14 +274,14 @@ class EffectNoise:
 
 
 @dataclass(frozen=True)
-class EmpiricalBayes:
+class EmpiricalBayes(_Means):
     """Predicts the training mean shrunken by a sparse prior fitted to all labels.
 
     Combinations without training cells get the sum of the shrunken singles.
 
     Parameters
     ----------
-    cells, functional, grouping, min_cells
+    cells, grouping, min_cells
         As in `TrainingMean`.
     pseudo_entries
         Strength of the pooled mixture weights in each label's own weights (`shrink`).
@@ -233,31 +289,19 @@ class EmpiricalBayes:
         How often the standard errors are computed again from the shrunken profiles.
     """
 
-    cells: Cells = "passing"
-    functional: Functional = "log_mean"
-    grouping: Grouping = "label"
-    min_cells: int = 1
+    name: str = "empirical_bayes"
     pseudo_entries: float = 10.0
     n_refinements: int = 1
-    name: str = "empirical_bayes"
 
-    def fit(self, data: CellData) -> FittedEffects:
-        """Return the shrunken effect of every training label."""
-        moments = _moments(data, self)
-        labels = [label for label in moments.labels if label != data.schema.control]
-        if not labels:
-            return FittedEffects(self.name, data.schema, {}, np.zeros(data.schema.n_genes))
-        posterior = self.posterior(moments, data.schema.control)
-        table = dict(zip(labels, posterior.mean, strict=True))
-        return FittedEffects(self.name, data.schema, table, np.zeros(data.schema.n_genes))
-
-    def posterior(self, moments: GroupMoments, control: str) -> Shrunken:
+    def posterior(
+        self, moments: GroupMoments, control: str, functional: Functional = "log_mean"
+    ) -> Shrunken:
         """Return the posterior of all labels' effects, in the order of the groups less control."""
-        effects = np.stack(list(_raw_effects(moments, control, self.functional).values()))
+        effects = np.stack(list(_raw_effects(moments, control, functional).values()))
         estimate = np.zeros_like(effects)
         for _ in range(self.n_refinements + 1):
             noise = effect_standard_errors(
-                moments, control, functional=self.functional, effects=estimate
+                moments, control, functional=functional, effects=estimate
             )
             result = shrink(
                 effects,
@@ -268,6 +312,13 @@ class EmpiricalBayes:
             )
             estimate = result.mean
         return result
+
+    def _effects(self, moments: GroupMoments, control: str, functional: Functional) -> _Table:
+        raw, zeros = super()._effects(moments, control, functional)
+        if not raw:
+            return {}, zeros
+        mean = self.posterior(moments, control, functional).mean
+        return dict(zip(raw, mean, strict=True)), zeros
 
 
 def effect_standard_errors(
@@ -306,33 +357,26 @@ def effect_standard_errors(
     return _errors_mean_log(moments, at, others)
 
 
-def default_baselines(
-    functional: Functional = "log_mean", grouping: Grouping = "label"
-) -> list[Predictor]:
+def default_baselines(grouping: Grouping = "label") -> list[Predictor]:
     """Return the baselines of the standard table, weakest first."""
-    options = {"functional": functional, "grouping": grouping}
     return [
-        NoChange(),
-        GlobalMean(**options),  # type: ignore[arg-type]
-        TrainingMean(cells="all", name="training_mean_all", **options),  # type: ignore[arg-type]
-        TrainingMean(cells="passing", name="training_mean_passing", **options),  # type: ignore[arg-type]
-        Additive(**options),  # type: ignore[arg-type]
-        EmpiricalBayes(**options),  # type: ignore[arg-type]
+        NoChange(grouping=grouping),
+        GlobalMean(grouping=grouping),
+        TrainingMean(cells="all", grouping=grouping, name="training_mean_all"),
+        TrainingMean(cells="passing", grouping=grouping, name="training_mean_passing"),
+        Additive(grouping=grouping),
+        EmpiricalBayes(grouping=grouping),
     ]
 
 
-def _moments(
-    data: CellData, settings: GlobalMean | TrainingMean | Additive | EmpiricalBayes
-) -> GroupMoments:
-    if settings.cells not in ("all", "passing"):
-        raise DataError(f"cells must be 'all' or 'passing', found {settings.cells!r}.")
-    groups = cell_groups(
-        data,
-        settings.grouping,
-        min_cells=settings.min_cells,
-        passing=settings.cells == "passing",
-    )
-    return group_moments(data.counts, data.library, groups, values=data.values)
+def training_cells(data: CellData) -> CellData:
+    """Return the training cells: those of the split "train", or all cells without a split."""
+    return data if data.split is None else data.where(split="train")
+
+
+def control_cells(moments: GroupMoments, control: str) -> ControlCells:
+    """Return the controls' profile and each gene's overdispersion, pooled over groups."""
+    return ControlCells(moments.fraction[moments.row(control)], _dispersion(moments))
 
 
 def _raw_effects(
@@ -356,15 +400,19 @@ def _errors_log_mean(
     mean[at] = base
     mean[others] = np.maximum(((1.0 + SCALE * base) * 2.0**effects - 1.0) / SCALE, 0.1 * base)
     poisson = moments.inverse_library[:, None]
-    excess = moments.fraction_sq - moments.fraction**2 - moments.fraction * poisson
-    weight = sizes[:, None]
-    dispersion = np.maximum((weight * excess).sum(0), 0.0) / np.maximum(
-        (weight * moments.fraction**2).sum(0), 1e-30
-    )
-    variance = (mean * poisson + dispersion * mean**2) / weight
+    variance = (mean * poisson + _dispersion(moments) * mean**2) / sizes[:, None]
     error = SCALE / ((1.0 + SCALE * mean) * np.log(2.0)) * np.sqrt(variance)
     scale = SCALE * base / (1.0 + SCALE * base)
     return EffectNoise(error[others], error[at], scale)
+
+
+def _dispersion(moments: GroupMoments) -> np.ndarray:
+    """Return phi in var f = m E[1/library] + phi m^2, per gene, pooled over groups."""
+    weight = moments.n_cells.astype(np.float64)[:, None]
+    poisson = moments.inverse_library[:, None]
+    excess = moments.fraction_sq - moments.fraction**2 - moments.fraction * poisson
+    square = (weight * moments.fraction**2).sum(0)
+    return np.maximum((weight * excess).sum(0), 0.0) / np.maximum(square, 1e-30)
 
 
 def _errors_mean_log(

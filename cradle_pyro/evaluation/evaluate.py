@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cradle_pyro.baselines.predictor import Predictor
+from cradle_pyro.baselines.predictor import Depth, Predictor
 from cradle_pyro.baselines.simple import default_baselines
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.data.groups import cell_groups
@@ -152,20 +152,21 @@ def _score_cells(
             "evaluation.min_cells or enlarge the test split."
         )
     seen = set(cell_groups(train, options.grouping))
-    fitted = [b.fit(train) for b in baselines or default_baselines("mean_log", options.grouping)]
+    fitted = [b.fit(train) for b in baselines or default_baselines(options.grouping)]
     rows = []
     for name in _SETS:
         chosen = {k: v for k, v in groups.items() if (k in seen) == (name == "seen")}
         if not chosen:
             continue
+        libraries = [test.library[cells] for cells in chosen.values()]
+        depth = Depth(libraries, test.library[control])
         reference = group_effects(
             test.counts, test.library, chosen, control, functional="mean_log", values=test.values
         )
         estimate = generated_effects(
             posterior,
             list(chosen),
-            [test.library[cells] for cells in chosen.values()],
-            test.library[control],
+            *depth,
             draws=options.draws,
             n_cells=options.n_controls,
             seed=options.seed,
@@ -175,7 +176,7 @@ def _score_cells(
             n_repeats=options.split_half_repeats, seed=options.seed,
         )  # fmt: skip
         scores = {MODEL: score_effects(estimate, reference)}
-        scores |= {b.name: score_effects(b.predict(list(chosen)), reference) for b in fitted}
+        scores |= {b.name: score_effects(b.predict(list(chosen), depth), reference) for b in fitted}
         scores[CEILING] = ceiling.replicate
         rows += _tidy("cells", name, scores, len(chosen))
     return pd.DataFrame(rows)
@@ -185,7 +186,7 @@ def _score_truth(
     posterior: Posterior, train: CellData, truth: Truth, baselines: Sequence[Predictor] | None
 ) -> pd.DataFrame:
     options = posterior.config.evaluation
-    fitted = [b.fit(train) for b in baselines or default_baselines("log_mean", options.grouping)]
+    fitted = [b.fit(train) for b in baselines or default_baselines(options.grouping)]
     trained = set(train.labels.tolist())
     rows = []
     for name in _SETS:
