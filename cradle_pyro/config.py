@@ -132,7 +132,9 @@ class GeneEffectConfig(_Component):
 
     `slab_probability` is the starting point, shared equally by the slabs; with `learn_weights`
     each perturbation's weights are fitted by marginal likelihood (empirical Bayes). With
-    `response`, a cell's basal state scales how strongly it responds to each perturbation.
+    `response`, a cell's basal state scales how strongly it responds to each perturbation. A
+    combination of at least `interaction_cells` training cells has an effect beyond the sum of its
+    members, with a prior of the same kind.
     """
 
     spike_scale: PositiveFloat = 0.01
@@ -140,6 +142,7 @@ class GeneEffectConfig(_Component):
     slab_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     learn_weights: bool = True
     response: bool = True
+    interaction_cells: OptionalCount = 10
 
 
 OptionalGeneEffect: TypeAlias = Annotated[

@@ -8,6 +8,7 @@ from typing import Final
 EFFECT_MASK: Final = "effect_mask"
 EFFECT: Final = "effect"
 GENE_EFFECT: Final = "gene_effect"
+INTERACTION: Final = "interaction"
 ARTIFACT_EFFECT: Final = "artifact_effect"
 ARTIFACT_RISK: Final = "artifact_risk"
 DEPTH_SHIFT: Final = "depth_shift"
@@ -28,4 +29,5 @@ COUNTS: Final = "counts"
 # Plates
 CELLS: Final = "cells"
 PERTURBATIONS: Final = "perturbations"
+COMBINATIONS: Final = "combinations"
 ARTIFACTS: Final = "artifacts"

@@ -94,6 +94,9 @@ class Statistics(NamedTuple):
         Share of training cells that carry each flag, shape (artifacts,).
     failing_share
         Share of training cells that carry any flag, scalar.
+    combinations
+        Members of the combinations that have effects beyond those of their members, 0 or 1, shape
+        (combinations, perturbations).
     """
 
     n_cells: int
@@ -105,6 +108,7 @@ class Statistics(NamedTuple):
     log_library_sd: Tensor
     artifact_share: Tensor
     failing_share: Tensor
+    combinations: Tensor
 
 
 class EffectStart(NamedTuple):
@@ -113,7 +117,8 @@ class EffectStart(NamedTuple):
     Parameters
     ----------
     loc
-        Log-fold changes against control, shape (perturbations, genes), natural logarithm.
+        Log-fold changes against control, natural logarithm, shape (perturbations + combinations,
+        genes); of a combination, what it adds to the sum of its members.
     error
         Their standard errors, same shape.
     """

@@ -135,9 +135,9 @@ class Phased(cp.Cradle):
         super().__init__(schema, config, statistics)
         self.phase_loading = nn.Parameter(0.1 * torch.randn(schema.n_genes))
 
-    def log_fold_change(self, z_basal, perturbation, gene_effect):
+    def log_fold_change(self, z_basal, design, gene_effect):
         phase = sample("phase", dist.Normal(0.0, 1.0))  # in the plate of the cells
-        change = super().log_fold_change(z_basal, perturbation, gene_effect)
+        change = super().log_fold_change(z_basal, design, gene_effect)
         return change + phase.unsqueeze(-1) * self.phase_loading
 
 
@@ -206,8 +206,9 @@ class AutoGlobals(cp.CradleGuide):
 
     def __init__(self, model, config, statistics):
         super().__init__(model, config, statistics)
-        self.gene_effect = self.artifact_effect = self.artifact_risk = self.depth_shift = None
-        names = ["gene_effect", "artifact_effect", "artifact_risk", "depth_shift"]
+        self.gene_effect = self.interaction = None
+        self.artifact_effect = self.artifact_risk = self.depth_shift = None
+        names = ["gene_effect", "interaction", "artifact_effect", "artifact_risk", "depth_shift"]
         self.globals = AutoNormal(poutine.block(model, expose=names))
 
     def global_parameters(self):
@@ -216,7 +217,8 @@ class AutoGlobals(cp.CradleGuide):
     def global_latents(self, batch):
         drawn = self.globals(batch)
         no_shift = drawn["gene_effect"].new_zeros(self.schema.n_perturbations, self.n_latents)
-        return no_shift, drawn["gene_effect"], drawn["artifact_effect"]
+        direct = [drawn[name] for name in ("gene_effect", "interaction") if name in drawn]
+        return no_shift, torch.cat(direct), drawn["artifact_effect"]
 
 
 def auto_globals(schema, config, statistics):

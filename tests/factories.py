@@ -109,6 +109,7 @@ def make_statistics(schema: Schema, *, n_cells: int = 40, seed: int = 1) -> Stat
         log_library_sd=cells.library.log().std(),
         artifact_share=(cells.artifact > 0).float().mean(0),
         failing_share=failing.mean(),
+        combinations=torch.zeros(0, schema.n_perturbations),
     )
 
 

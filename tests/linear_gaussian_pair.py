@@ -56,6 +56,7 @@ def make_linear_pair(
         log_library_sd=torch.tensor(1.0),
         artifact_share=torch.full((oracle.n_artifacts,), 0.5),
         failing_share=torch.tensor(0.5),
+        combinations=torch.zeros(0, oracle.n_perturbations),
     )
     config = make_config(
         model={

@@ -30,7 +30,7 @@ from torch import Tensor
 from cradle_pyro import sites
 from cradle_pyro.config import Config
 from cradle_pyro.inference.pair import build_pair
-from cradle_pyro.model.cradle import Cradle, gate
+from cradle_pyro.model.cradle import Cradle, gate, with_combinations
 from cradle_pyro.types import Batch, Schema
 
 OFF = {
@@ -352,6 +352,56 @@ def test_each_perturbation_has_its_own_response() -> None:
     together = batch.replace(perturbation=torch.ones_like(batch.perturbation))
     both, _ = log_fold_change(model, together, z_basal)
     torch.testing.assert_close(both, sum(singles))
+
+
+# --------------------------------------------------------------------------------- interactions
+
+
+def test_a_combination_is_present_where_all_its_members_are() -> None:
+    pairs = torch.tensor([[1.0, 1, 0], [0, 1, 1]])
+    cells = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 1, 1], [0.5, 0.4, 0]])
+    design = with_combinations(cells, pairs)
+    torch.testing.assert_close(design[:, :3], cells)
+    expected = torch.tensor([[0.0, 0], [0, 0], [1, 0], [0, 1], [1, 1], [0.2, 0]])
+    torch.testing.assert_close(design[:, 3:], expected)
+    assert with_combinations(cells, pairs[:0]) is cells
+
+
+def test_an_interaction_moves_cells_of_its_combination_and_no_others() -> None:
+    schema = make_schema()
+    statistics = make_statistics(schema)._replace(combinations=torch.tensor([[1.0, 1.0, 0.0]]))
+    config = make_config(model={"gene_effect": {"response": False}})
+    model = Cradle(schema, config.model, statistics)
+    batch = make_batch(schema)
+    members = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 1, 1], [1, 1, 1]])
+    batch = batch.take(torch.arange(4)).replace(
+        perturbation=members, artifact=torch.zeros(4, N_ARTIFACTS)
+    )
+    site = poutine.trace(model).get_trace(batch).nodes[sites.INTERACTION]
+    assert site["value"].shape == (1, schema.n_genes)
+    values = {
+        name: node["value"]
+        for name, node in poutine.trace(model).get_trace(batch).nodes.items()
+        if node["type"] == "sample" and not node["is_observed"]
+    }
+
+    def log_rate(interaction: float) -> Tensor:
+        given = values | {sites.INTERACTION: torch.full((1, schema.n_genes), interaction)}
+        given[sites.INTERACTION][:, 1:] = 0
+        trace = poutine.trace(poutine.condition(model, data=given)).get_trace(batch)
+        rate = trace.nodes[sites.RATE]["value"].log()
+        return rate[:, 0] - rate[:, 1]  # the softmax moves all genes alike
+
+    change = log_rate(0.7) - log_rate(0.0)
+    torch.testing.assert_close(change, torch.tensor([0.7, 0, 0, 0.7]))
+
+
+def test_interactions_can_be_switched_off() -> None:
+    schema = make_schema()
+    statistics = make_statistics(schema)._replace(combinations=torch.ones(1, N_PERTURBATIONS))
+    model = Cradle(schema, make_config(model={"gene_effect": "none"}).model, statistics)
+    assert model.interaction_prior is None
+    assert sites.INTERACTION not in poutine.trace(model).get_trace(make_batch(schema)).nodes
 
 
 def test_loadings_of_the_basal_state_have_a_laplace_prior() -> None:

@@ -152,6 +152,32 @@ def test_raw_effects_by_hand_come_from_passing_cells_that_carry_nothing_else(rng
     np.testing.assert_allclose(found.error, error, rtol=1e-4)
 
 
+def test_a_combinations_raw_effect_is_what_it_adds_to_the_sum_of_its_members(rng):
+    data = make_screen(rng)
+    passing = ~data.failing
+    statistics = training_statistics(data, interaction_cells=15)
+    np.testing.assert_array_equal(statistics.combinations, [[1, 1]])
+    members = [np.flatnonzero((data.labels == k) & passing) for k in ("A", "B", "A+B")]
+    controls = np.flatnonzero((data.labels == "control") & passing)
+    loc, error = by_hand(data, members, controls)
+    found = raw_effects(data, statistics)
+    np.testing.assert_allclose(found.loc[:2], loc[:2], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.loc[2], loc[2] - loc[0] - loc[1], rtol=1e-4, atol=1e-6)
+    # A+B - A - B + control: the errors of four groups of cells.
+    _, alone = by_hand(data, [controls], controls)
+    variance = (error**2).sum(0) - alone[0] ** 2
+    np.testing.assert_allclose(found.error[2], np.sqrt(variance), rtol=1e-4)
+
+
+def test_combinations_are_labels_of_several_perturbations_with_enough_cells(rng):
+    labels = np.array(["control"] * 20 + ["A"] * 20 + ["B"] * 20 + ["A+B"] * 9 + ["A+C"] * 11)
+    data = make_cells(make_counts(rng, 80), labels)
+    for least, expected in ((None, []), (9, [[1, 1, 0], [1, 0, 1]]), (10, [[1, 0, 1]]), (12, [])):
+        found = training_statistics(data, interaction_cells=least).combinations
+        assert found.shape == (len(expected), 3)
+        assert {tuple(row) for row in found.tolist()} == {tuple(row) for row in expected}
+
+
 def test_other_cells_do_not_move_raw_effects(rng):
     data = make_screen(rng)
     statistics = training_statistics(data)

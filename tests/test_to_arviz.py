@@ -66,6 +66,7 @@ def test_axes_have_the_names_of_the_screen() -> None:
         "effect_mask": (*draw, "perturbations", "latents"),
         "effect": (*draw, "perturbations", "latents"),
         "gene_effect": (*draw, "perturbations", "genes"),
+        "interaction": (*draw, "combinations", "genes"),
         "artifact_effect": (*draw, "artifacts", "latents"),
         "artifact_risk": (*draw, "artifacts", "perturbations"),
         "depth_shift": (*draw, "artifacts"),
@@ -87,6 +88,7 @@ def test_axes_have_the_names_of_the_screen() -> None:
             "artifact": ("cells", "artifacts"),
             "effect_mask_inclusion": ("perturbations", "latents"),
             "gene_effect_inclusion": ("perturbations", "genes"),
+            "interaction_inclusion": ("combinations", "genes"),
         },
     }
     labels = {
@@ -439,7 +441,9 @@ def test_a_pair_with_fewer_mechanisms_has_fewer_variables() -> None:
         "data.artifact=none", "guide.family=mean_field", "model.likelihood=poisson"
     )
     found = to_arviz(posterior, make_data("data.artifact=none").subset(np.arange(3)), **QUICK)
-    assert set(found["posterior"].data_vars) == {"effect_mask", "effect", "gene_effect", "z_basal"}
+    assert set(found["posterior"].data_vars) == {
+        "effect_mask", "effect", "gene_effect", "interaction", "z_basal",
+    }  # fmt: skip
     # A mean-field Normal has no spike, and a Poisson no dispersion.
     assert set(found["constant_data"].data_vars) == {
         "effect_mask_inclusion", "library", "perturbation",

@@ -22,6 +22,7 @@ GLOBALS = (
     "effect_mask",
     "effect",
     "gene_effect",
+    "interaction",
     "artifact_effect",
     "artifact_risk",
     "depth_shift",

@@ -15,13 +15,15 @@ __all__ = ["raw_effects", "training_statistics"]
 _INVERSE_DISPERSION_RANGE = (0.3, 100.0)
 
 
-def training_statistics(train: CellData) -> Statistics:
+def training_statistics(train: CellData, *, interaction_cells: int | None = None) -> Statistics:
     """Return what the model's starting values and the encoders' input need.
 
     Parameters
     ----------
     train
         Training cells only: validation, test and query cells are read with the same constants.
+    interaction_cells
+        Least number of cells of the combinations that are named. None: none is.
 
     Returns
     -------
@@ -68,17 +70,19 @@ def training_statistics(train: CellData) -> Statistics:
         log_library_sd=_tensor(max(log_library.std(), 1e-2)),
         artifact_share=_tensor((train.artifact > 0).mean(0)),
         failing_share=_tensor(train.failing.mean()),
+        combinations=_tensor(_combinations(train, interaction_cells)),
     )
 
 
 def raw_effects(train: CellData, statistics: Statistics) -> EffectStart:
-    """Return raw log-fold changes of the perturbations, with standard errors.
+    """Return raw log-fold changes of perturbations and combinations, with standard errors.
 
     Parameters
     ----------
     train
         Training cells. A perturbation is estimated from its passing cells that carry nothing
-        else, or, where there are none, from all cells that carry it.
+        else, or, where there are none, from all cells that carry it; a combination from the
+        passing cells that carry just that.
     statistics
         Of the same cells.
 
@@ -89,7 +93,7 @@ def raw_effects(train: CellData, statistics: Statistics) -> EffectStart:
         the negative-binomial Fisher information, n l f θ / (θ + l f) for n cells of mean library l.
         For log-normalised values: differences of means, errors from the gene's variance.
     """
-    members, reference = _groups(train)
+    members, reference = _groups(train, statistics.combinations.numpy())
     groups = [reference, *members]
     weights = sp.csr_array(
         (
@@ -112,12 +116,27 @@ def raw_effects(train: CellData, statistics: Statistics) -> EffectStart:
         theta = statistics.inverse_dispersion.numpy()
         expected = library / n_cells * fraction
         errors = 1 / np.sqrt(n_cells * expected * theta / (theta + expected) + 0.25)
-    loc = means[1:] - means[0]
-    return EffectStart(_tensor(loc), _tensor(np.hypot(errors[1:], errors[0])))
+    loc, own = means[1:] - means[0], errors[1:]
+    combinations = statistics.combinations.numpy().astype(np.float64)
+    split = len(loc) - len(combinations)
+    loc[split:] -= combinations @ loc[:split]
+    # The error of the control stands once in the combination, and once in each of its members.
+    shared = np.concatenate([np.ones(split), combinations.sum(1) - 1])[:, None] * errors[0]
+    own[split:] = np.sqrt(own[split:] ** 2 + combinations @ own[:split] ** 2)
+    return EffectStart(_tensor(loc), _tensor(np.hypot(own, shared)))
 
 
-def _groups(train: CellData) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the cells each perturbation is estimated from, and the controls (else all cells)."""
+def _combinations(train: CellData, least: int | None) -> np.ndarray:
+    """Return the members of each label of several perturbations with enough cells."""
+    design = sp.csr_array(train.perturbation) > 0
+    carried = np.asarray(design.sum(1)).ravel()
+    _, first, counts = np.unique(train.labels, return_index=True, return_counts=True)
+    kept = (carried[first] > 1) & (counts >= (least or np.inf))
+    return design[first[kept]].toarray()
+
+
+def _groups(train: CellData, combinations: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the cells each effect is estimated from, and the controls (else all cells)."""
     design = sp.csc_array(train.perturbation)
     carried = np.asarray((train.perturbation > 0).sum(1)).ravel()
     passing = train.passing
@@ -126,6 +145,9 @@ def _groups(train: CellData) -> tuple[list[np.ndarray], np.ndarray]:
         rows = design.indices[design.indptr[column] : design.indptr[column + 1]]
         alone = rows[(carried[rows] == 1) & passing[rows]]
         members.append(alone if len(alone) else rows)
+    for row in combinations:
+        exact = np.flatnonzero((train.perturbation @ row == row.sum()) & (carried == row.sum()))
+        members.append(exact[passing[exact]] if passing[exact].any() else exact)
     controls = np.flatnonzero(carried == 0)
     clean = controls[passing[controls]]
     choices = (clean, controls, np.arange(train.n_cells))

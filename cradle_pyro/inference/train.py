@@ -103,7 +103,10 @@ def fit(
     train = data.where(split="train")
     if not train.n_cells:
         raise DataError("Expected training cells, found none: the split marks no cell 'train'.")
-    statistics = training_statistics(train)
+    effects = config.model.gene_effect
+    statistics = training_statistics(
+        train, interaction_cells=None if effects is None else effects.interaction_cells
+    )
     model, guide = build_pair(data.schema, config, statistics, seed=config.train.seed, pair=pair)
     if hasattr(guide, "start_effects"):
         guide.start_effects(raw_effects(train, statistics))

@@ -15,7 +15,7 @@ from .likelihoods import make_likelihood
 from .networks import Decoder
 from .relaxed import PresenceBernoulli, ScaleMixtureNormal, normal_expectation
 
-__all__ = ["Cradle", "cells_plate", "gate"]
+__all__ = ["Cradle", "cells_plate", "gate", "with_combinations"]
 
 
 def cells_plate(n_cells: int, batch: Batch) -> plate:
@@ -29,12 +29,36 @@ def gate(artifact: Tensor) -> Tensor:
     return (artifact > 0).any(-1, keepdim=True).to(artifact.dtype)
 
 
-class GeneEffectPrior(nn.Module):
-    """Prior of the direct effects: one scale mixture per perturbation.
+def with_combinations(perturbation: Tensor, combinations: Tensor) -> Tensor:
+    """Return the design of perturbations, followed by that of combinations.
 
     Parameters
     ----------
-    schema
+    perturbation
+        Multi-hot or dosage, shape (..., cells, perturbations).
+    combinations
+        Members of each combination, 0 or 1, shape (combinations, perturbations).
+
+    Returns
+    -------
+    Tensor
+        Shape (..., cells, perturbations + combinations). A combination has the product of its
+        members' dosages: zero where one is absent.
+    """
+    if not len(combinations):
+        return perturbation
+    members = combinations.transpose(-1, -2)
+    present = (perturbation <= 0).to(members) @ members == 0
+    dosage = perturbation.clamp(min=torch.finfo(perturbation.dtype).tiny).log() @ members
+    return torch.cat([perturbation, present * dosage.exp()], -1)
+
+
+class GeneEffectPrior(nn.Module):
+    """Prior of the direct effects: one scale mixture per perturbation, or per combination.
+
+    Parameters
+    ----------
+    n_effects, n_genes
         Sizes.
     config
         Scales, starting weights, and whether the weights of each perturbation are learned.
@@ -42,19 +66,19 @@ class GeneEffectPrior(nn.Module):
 
     scales: Tensor
 
-    def __init__(self, schema: Schema, config: GeneEffectConfig) -> None:
+    def __init__(self, n_effects: int, n_genes: int, config: GeneEffectConfig) -> None:
         super().__init__()
-        self.n_genes = schema.n_genes
+        self.n_genes = n_genes
         slabs = torch.tensor(config.slab_scales)
         self.register_buffer("scales", torch.cat([torch.tensor([config.spike_scale]), slabs]))
         slab = config.slab_probability / len(slabs)
         weights = torch.tensor([1 - config.slab_probability] + [slab] * len(slabs))
         self.logits = nn.Parameter(
-            weights.log().repeat(schema.n_perturbations, 1), requires_grad=config.learn_weights
+            weights.log().repeat(n_effects, 1), requires_grad=config.learn_weights
         )
 
     def forward(self) -> ScaleMixtureNormal:
-        """Return the prior, batch shape (perturbations, genes)."""
+        """Return the prior, batch shape (effects, genes)."""
         log_weights = self.logits.log_softmax(-1).unsqueeze(-2)
         return ScaleMixtureNormal(log_weights.expand(-1, self.n_genes, -1), self.scales)
 
@@ -78,21 +102,30 @@ class Cradle(nn.Module):
         Training statistics: size of the cells plate and starting values.
     """
 
+    combinations: Tensor
+
     def __init__(self, schema: Schema, config: ModelConfig, statistics: Statistics) -> None:
         super().__init__()
         self.schema = schema
         self.config = config
+        self.register_buffer("combinations", statistics.combinations.clone())
         self.n_cells = statistics.n_cells
         self.likelihood = make_likelihood(config.likelihood, statistics)
         self.decoder = self._make_decoder(statistics)
         self.gene_effect_prior: nn.Module | None = None
+        self.interaction_prior: nn.Module | None = None
         if config.gene_effect is not None:
-            self.gene_effect_prior = GeneEffectPrior(schema, config.gene_effect)
+            sizes = schema.n_perturbations, len(self.combinations)
+            self.gene_effect_prior, self.interaction_prior = (
+                GeneEffectPrior(size, schema.n_genes, config.gene_effect) if size else None
+                for size in sizes
+            )
         if self.has_response:
             self.response_loading = nn.Parameter(0.2 * torch.randn(config.n_latents))
             self.response_bias = nn.Parameter(torch.tensor(1.0))
             # What a perturbation's own response adds to both, bias last; it decays, they do not.
-            own = torch.zeros(schema.n_perturbations, config.n_latents + 1)
+            n_effects = schema.n_perturbations + len(self.combinations)
+            own = torch.zeros(n_effects, config.n_latents + 1)
             self.response_deviation = nn.Parameter(own)
         self.n_artifact_latents = config.n_artifact_latents if schema.n_artifacts else 0
         self.artifact_loading = nn.Parameter(
@@ -139,7 +172,8 @@ class Cradle(nn.Module):
             library = self.library(batch, artifact, depth)
             z_basal = sample(sites.Z_BASAL, self._standard_normal(batch, self.config.n_latents))
             own = self.own_share(artifact, z_artifact)
-            change = self.log_fold_change(z_basal, perturbation, gene_effect)
+            design = with_combinations(perturbation, self.combinations)
+            change = self.log_fold_change(z_basal, design, gene_effect)
             rate = self.rate(
                 own * z_basal, own * perturbation_shift, artifact_shift, batch.covariates,
                 None if change is None else own * change,
@@ -147,7 +181,11 @@ class Cradle(nn.Module):
             return sample(sites.COUNTS, self.likelihood(rate, library), obs=batch.counts)
 
     def perturbation_effects(self) -> tuple[Tensor, Tensor | None]:
-        """Sample the masked latent shifts (perturbations, latents) and the gene effects."""
+        """Sample the masked latent shifts (perturbations, latents) and the direct effects.
+
+        The direct effects are the gene effects of the perturbations, followed by the interactions
+        of the combinations, shape (perturbations + combinations, genes).
+        """
         config = self.config
         one = self.artifact_loading.new_ones(())
         gene_effect = None
@@ -163,6 +201,10 @@ class Cradle(nn.Module):
                 effect = mask * size
             if self.gene_effect_prior is not None:
                 gene_effect = sample(sites.GENE_EFFECT, self.gene_effect_prior().to_event(1))
+        if gene_effect is not None and self.interaction_prior is not None:
+            with plate(sites.COMBINATIONS, len(self.combinations), dim=-1):
+                beyond = sample(sites.INTERACTION, self.interaction_prior().to_event(1))
+            gene_effect = torch.cat([gene_effect, beyond], -2)
         return effect, gene_effect
 
     def artifact_effects(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -241,10 +283,11 @@ class Cradle(nn.Module):
         return sample(sites.LIBRARY, library, obs=batch.library)
 
     def log_fold_change(
-        self, z_basal: Tensor, perturbation: Tensor, gene_effect: Tensor | None
+        self, z_basal: Tensor, design: Tensor, gene_effect: Tensor | None
     ) -> Tensor | None:
         """Return the direct change of the logits, shape (..., cells, genes).
 
+        `design` and `gene_effect` are those of the perturbations, followed by the combinations'.
         The cell's basal state scales each perturbation's effects, from cells that escape to cells
         that respond in full: a logistic function of z_basal with mean one over the prior, so that
         the gene effects stay averages over cells.
@@ -252,11 +295,11 @@ class Cradle(nn.Module):
         if gene_effect is None:
             return None
         if self.has_response:
-            perturbation = perturbation * self.response(z_basal)
-        return perturbation @ gene_effect
+            design = design * self.response(z_basal)
+        return design @ gene_effect
 
     def response(self, z_basal: Tensor) -> Tensor:
-        """Return how strongly cells respond to each perturbation, shape (..., cells, T)."""
+        """Return how strongly cells respond, shape (..., cells, perturbations + combinations)."""
         loading = self.response_loading + self.response_deviation[:, :-1]
         bias = self.response_bias + self.response_deviation[:, -1]
         mean = normal_expectation(bias, loading.norm(dim=-1), torch.sigmoid)

@@ -14,7 +14,7 @@ from cradle_pyro import sites
 from cradle_pyro.config import GuideConfig, NetworkConfig
 from cradle_pyro.types import Batch, EffectStart, Statistics
 
-from .cradle import Cradle, GeneEffectPrior, cells_plate, gate
+from .cradle import Cradle, GeneEffectPrior, cells_plate, gate, with_combinations
 from .networks import CellEncoder, GaussianHead, MeanFieldNormal, ResidualMLP
 from .relaxed import StraightThroughBernoulli, TiltedScaleMixture
 
@@ -59,7 +59,7 @@ class MaskedEffect(nn.Module):
 
 
 class TiltedPrior(nn.Module):
-    """q(gene_effect): the prior given one Normal observation of every entry.
+    """q(gene_effect), q(interaction): the prior given one Normal observation of every entry.
 
     The observation stands for the likelihood: its loc is learned in units of its error, which is
     set from the training cells (see :meth:`CradleGuide.start_effects`).
@@ -67,15 +67,15 @@ class TiltedPrior(nn.Module):
 
     error: Tensor
 
-    def __init__(self, prior: GeneEffectPrior, n_perturbations: int, n_genes: int) -> None:
+    def __init__(self, prior: GeneEffectPrior, n_effects: int, n_genes: int) -> None:
         super().__init__()
         self.prior = prior  # the model's: its learned weights are shared
-        self.standard_loc = nn.Parameter(torch.zeros(n_perturbations, n_genes))
-        error = torch.full((n_perturbations, n_genes), _INITIAL_EFFECT_ERROR)
+        self.standard_loc = nn.Parameter(torch.zeros(n_effects, n_genes))
+        error = torch.full((n_effects, n_genes), _INITIAL_EFFECT_ERROR)
         self.register_buffer("error", error)
 
     def forward(self) -> TiltedScaleMixture:
-        """Return the posterior, batch shape (perturbations, genes)."""
+        """Return the posterior, batch shape (effects, genes)."""
         return TiltedScaleMixture(self.prior(), self.standard_loc * self.error, self.error)
 
 
@@ -151,6 +151,8 @@ class CradleGuide(nn.Module):
     mask_logits: nn.Parameter | None
     effect: MaskedEffect | FreeEffect | None
     gene_effect: TiltedPrior | MeanFieldNormal | None
+    interaction: TiltedPrior | MeanFieldNormal | None
+    combinations: Tensor
     artifact_effect: MeanFieldNormal | None
     artifact_risk: MeanFieldNormal | None
     depth_shift: MeanFieldNormal | None
@@ -166,6 +168,7 @@ class CradleGuide(nn.Module):
         self.n_cells = model.n_cells
         self.n_latents = n_latents
         self.structured = structured
+        self.register_buffer("combinations", statistics.combinations.clone())
         self.expression = ExpressionInput(statistics, take_log=model.config.likelihood != "normal")
         self._add_perturbation_parts(model, config)
         self._add_artifact_parts(model, config)
@@ -188,26 +191,33 @@ class CradleGuide(nn.Module):
                 context = [batch.perturbation @ effect, artifact @ artifact_effect]
                 context += [] if z_artifact is None else [z_artifact]
                 if gene_effect is not None:
-                    context.append(response_summary(expression, batch.perturbation @ gene_effect))
+                    design = with_combinations(batch.perturbation, self.combinations)
+                    context.append(response_summary(expression, design @ gene_effect))
             self.basal_state(batch, expression, context)
 
     def global_parameters(self) -> list[nn.Parameter]:
         """Return the free parameters of the global latents, which learn at their own rate."""
-        parts = (self.effect, self.gene_effect, self.artifact_effect, self.artifact_risk,
-                 self.depth_shift)  # fmt: skip
+        parts = (self.effect, self.gene_effect, self.interaction, self.artifact_effect,
+                 self.artifact_risk, self.depth_shift)  # fmt: skip
         parameters = [p for part in parts if part is not None for p in part.parameters()]
         return parameters if self.mask_logits is None else [self.mask_logits, *parameters]
 
     def start_effects(self, effects: EffectStart) -> None:
-        """Set the gene effects' observations to raw estimates from the training cells."""
-        if isinstance(self.gene_effect, TiltedPrior):
-            with torch.no_grad():
-                self.gene_effect.standard_loc.copy_(effects.loc / effects.error)
-                self.gene_effect.error.copy_(effects.error)
+        """Set the direct effects' observations to raw estimates from the training cells."""
+        start = 0
+        for part in (self.gene_effect, self.interaction):
+            if isinstance(part, TiltedPrior):
+                rows = slice(start, start + len(part.error))
+                with torch.no_grad():
+                    part.standard_loc.copy_(effects.loc[rows] / effects.error[rows])
+                    part.error.copy_(effects.error[rows])
+            start = self.schema.n_perturbations
 
     def global_latents(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Sample the global latents; return masked effects, gene effects and artifact effects.
+        """Sample the global latents; return masked effects, direct effects and artifact effects.
 
+        Direct effects are gene effects, followed by interactions, as in
+        :meth:`Cradle.perturbation_effects`.
         They do not depend on `batch`; it is there for guides that run the model to learn its sites
         (AutoGuides).
         """
@@ -221,6 +231,10 @@ class CradleGuide(nn.Module):
                 effect = mask * sample(sites.EFFECT, self.effect(mask).to_event(1))
             if self.gene_effect is not None:
                 gene_effect = sample(sites.GENE_EFFECT, self.gene_effect().to_event(1))
+        if gene_effect is not None and self.interaction is not None:
+            with plate(sites.COMBINATIONS, len(self.combinations), dim=-1):
+                beyond = sample(sites.INTERACTION, self.interaction().to_event(1))
+            gene_effect = torch.cat([gene_effect, beyond], -2)
         if self.artifact_effect is None:
             return effect, gene_effect, effect.new_zeros(0, effect.shape[-1])
         with plate(sites.ARTIFACTS, self.schema.n_artifacts, dim=-1):
@@ -260,23 +274,32 @@ class CradleGuide(nn.Module):
 
     def _add_perturbation_parts(self, model: Cradle, config: GuideConfig) -> None:
         schema, n_latents = model.schema, model.config.n_latents
-        self.mask_logits = self.effect = self.gene_effect = None
+        self.mask_logits = self.effect = None
         if model.config.latent_effect:
             share = model.config.mask_probability
             start = torch.full((schema.n_perturbations, n_latents), math.log(share / (1 - share)))
             self.mask_logits = nn.Parameter(start)
             effect = MaskedEffect if self.structured else FreeEffect
             self.effect = effect(schema.n_perturbations, n_latents, config)
-        prior = model.gene_effect_prior
-        if prior is not None:
-            shape = (schema.n_perturbations, schema.n_genes)
-            # The exact posterior's family is known for a scale mixture only.
-            if not isinstance(prior, GeneEffectPrior):
-                self.gene_effect = MeanFieldNormal(*shape, initial_scale=config.initial_scale)
-            elif self.structured:
-                self.gene_effect = TiltedPrior(prior, *shape)
-            else:
-                self.gene_effect = MeanFieldNormal(*shape, initial_scale=float(prior.scales[0]))
+        self.gene_effect = self._direct_effect(
+            model.gene_effect_prior, schema.n_perturbations, config
+        )
+        self.interaction = self._direct_effect(
+            model.interaction_prior, len(self.combinations), config
+        )
+
+    def _direct_effect(
+        self, prior: nn.Module | None, n_effects: int, config: GuideConfig
+    ) -> TiltedPrior | MeanFieldNormal | None:
+        if prior is None:
+            return None
+        shape = (n_effects, self.schema.n_genes)
+        # The exact posterior's family is known for a scale mixture only.
+        if not isinstance(prior, GeneEffectPrior):
+            return MeanFieldNormal(*shape, initial_scale=config.initial_scale)
+        if self.structured:
+            return TiltedPrior(prior, *shape)
+        return MeanFieldNormal(*shape, initial_scale=float(prior.scales[0]))
 
     def _add_artifact_parts(self, model: Cradle, config: GuideConfig) -> None:
         schema, n_latents = model.schema, model.config.n_latents

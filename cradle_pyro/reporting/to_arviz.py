@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from pyro import poutine
+from scipy import sparse
 from torch import Tensor
 from torch.distributions import constraints
 
 from cradle_pyro import sites
 from cradle_pyro.data.dataset import CellData
+from cradle_pyro.data.encode import design_labels
 from cradle_pyro.errors import QueryError, near, shown
 from cradle_pyro.evaluation.metrics import log_mean_exp
 from cradle_pyro.evaluation.predictive import log_weight
@@ -51,6 +53,7 @@ _AXES: Final = {
     sites.EFFECT_MASK: (sites.PERTURBATIONS, _LATENTS),
     sites.EFFECT: (sites.PERTURBATIONS, _LATENTS),
     sites.GENE_EFFECT: (sites.PERTURBATIONS, _GENES),
+    sites.INTERACTION: (sites.COMBINATIONS, _GENES),
     sites.ARTIFACT_EFFECT: (sites.ARTIFACTS, _LATENTS),
     sites.ARTIFACT_RISK: (sites.ARTIFACTS, sites.PERTURBATIONS),
     sites.DEPTH_SHIFT: (sites.ARTIFACTS,),
@@ -63,7 +66,7 @@ _AXES: Final = {
     sites.LIBRARY: (sites.CELLS,),
     _DISPERSION: (_GENES,),
 }
-_PLATES: Final = (sites.CELLS, sites.PERTURBATIONS, sites.ARTIFACTS)
+_PLATES: Final = (sites.CELLS, sites.PERTURBATIONS, sites.COMBINATIONS, sites.ARTIFACTS)
 
 _NOTES: Final = {
     "posterior": "Independent draws of the fitted guide, dealt out to chains. R-hat near one and "
@@ -135,7 +138,7 @@ def to_arviz(
         ``posterior_predictive``, ``prior_predictive``, ``observed_data``: ``counts``.
         ``log_likelihood``: ``counts``, one number per draw and cell, in nats.
         ``constant_data``: ``dispersion``, the likelihood's inverse dispersion, a point estimate;
-        ``effect_mask_inclusion`` and ``gene_effect_inclusion``, probabilities of inclusion, exact
+        ``effect_mask_inclusion``, ``gene_effect_inclusion``, ``interaction_inclusion``: exact
         rather than a share of draws; ``library``, ``artifact`` and ``perturbation`` of the cells.
 
     Raises
@@ -244,6 +247,7 @@ class _Plan:
         schema, config = posterior.schema, posterior.config.model
         labels = {
             sites.PERTURBATIONS: schema.perturbations,
+            sites.COMBINATIONS: _combination_names(posterior),
             sites.ARTIFACTS: schema.artifacts,
             _GENES: schema.genes,
             _LATENTS: range(config.n_latents),
@@ -450,6 +454,11 @@ def _with_observed_flags(batch: Batch, latents: dict[str, Tensor]) -> dict[str, 
     if _UNOBSERVED not in latents:
         return latents
     return latents | {_UNOBSERVED: with_imputed_flags(batch, latents).artifact}
+
+
+def _combination_names(posterior: Posterior) -> np.ndarray:
+    schema, members = posterior.schema, posterior.statistics.combinations
+    return design_labels(sparse.csr_array(members), schema.perturbations, schema.delimiter)
 
 
 def _inclusion(node: Mapping[str, Any]) -> Tensor | None:

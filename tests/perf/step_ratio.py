@@ -88,6 +88,7 @@ def _statistics(batch: Batch) -> Statistics:
         log_library_sd=log_library.std(),
         artifact_share=batch.artifact.mean(0),
         failing_share=batch.artifact.mean(),
+        combinations=torch.zeros(0, batch.perturbation.shape[1]),
     )
 
 
