@@ -436,9 +436,7 @@ def test_cells_respond_apart_by_their_basal_state_and_less_along_the_loading() -
     with torch.no_grad():
         model.response_deviation.zero_()
     loading = model.response_loading.detach()
-    along = (
-        torch.linspace(-40, 40, N_CELLS, dtype=torch.float64)[:, None] * loading / loading.norm()
-    )
+    along = torch.linspace(-8, 8, N_CELLS, dtype=torch.float64)[:, None] * loading / loading.norm()
     batch = batch.replace(perturbation=torch.ones_like(batch.perturbation))
     change, plain = log_fold_change(model, batch, along)
     ratio = (change / plain)[:, 0]

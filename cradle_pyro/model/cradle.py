@@ -15,6 +15,8 @@ from .likelihoods import make_likelihood
 from .networks import Decoder
 from .relaxed import PresenceBernoulli, ScaleMixtureNormal, normal_expectation
 
+_FIRST_RESPONSE_LOADING = 3.0
+
 __all__ = ["Cradle", "cells_plate", "gate", "with_combinations"]
 
 
@@ -121,7 +123,10 @@ class Cradle(nn.Module):
                 for size in sizes
             )
         if self.has_response:
-            self.response_loading = nn.Parameter(0.2 * torch.randn(config.n_latents))
+            # One latent starts out as what tells cells that respond from cells that escape.
+            loading = 0.1 * torch.randn(config.n_latents)
+            loading[0] = _FIRST_RESPONSE_LOADING
+            self.response_loading = nn.Parameter(loading)
             self.response_bias = nn.Parameter(torch.tensor(1.0))
             # What a perturbation's own response adds to both, bias last; it decays, they do not.
             n_effects = schema.n_perturbations + len(self.combinations)

@@ -301,7 +301,7 @@ def _kl_tilted_scale_mixture(q: TiltedScaleMixture, p: ScaleMixtureNormal) -> Te
 
 
 def normal_expectation(
-    loc: Tensor, scale: Tensor, function: Callable[[Tensor], Tensor], nodes: int = 15
+    loc: Tensor, scale: Tensor, function: Callable[[Tensor], Tensor], nodes: int = 61
 ) -> Tensor:
     """Return E[function(x)] for x ~ Normal(loc, scale), by Gauss-Hermite quadrature.
 
