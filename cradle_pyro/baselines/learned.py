@@ -1,0 +1,317 @@
+"""Predictors with a network: this model and its peers, all Pyro models made of the same parts.
+
+A peer that differs in its mechanisms only is a list of settings (`PEERS`); one that needs an
+equation of its own is a pair (`conditional_pair`). All are trained as the screen's configuration
+says, by `fit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cradle_pyro.baselines.glm import NegativeBinomialGLM
+from cradle_pyro.baselines.linear import LinearRegression
+from cradle_pyro.baselines.predictor import Depth, Predictor
+from cradle_pyro.baselines.simple import (
+    Additive,
+    Cells,
+    EmpiricalBayes,
+    GlobalMean,
+    NoChange,
+    TrainingMean,
+)
+from cradle_pyro.config import Config
+from cradle_pyro.errors import ConfigError, QueryError, near
+from cradle_pyro.inference.pair import PairBuilder
+from cradle_pyro.inference.train import fit
+from cradle_pyro.model.cradle import Cradle
+from cradle_pyro.model.guides import CradleGuide
+from cradle_pyro.queries.effects import effect_draws, generated_effects
+from cradle_pyro.queries.interventions import do
+from cradle_pyro.queries.worlds import intervene
+from cradle_pyro.seeding import seeded
+from cradle_pyro.types import Batch, Schema, Statistics
+
+if TYPE_CHECKING:
+    from cradle_pyro.data.dataset import CellData
+    from cradle_pyro.inference.posterior import Posterior
+
+__all__ = [
+    "CANDIDATES",
+    "KINDS",
+    "PEERS",
+    "FittedModel",
+    "Trained",
+    "conditional_pair",
+    "make_predictor",
+    "with_flags",
+]
+
+Flags = Literal["each", "any", "none"]
+
+_NO_ARTIFACT: Final = (
+    "model.n_artifact_latents=0",
+    "model.artifact_risk=false",
+    "model.depth_shift=false",
+    "objective.counterfactual=none",
+)
+_PLAIN: Final = (
+    *_NO_ARTIFACT,
+    "model.gene_effect='none'",
+    "model.loading_scale='none'",
+    "model.linear_path=false",
+    "model.decoder.hidden=256",
+    "model.decoder.layers=2",
+    "train.learning_rate=1e-3",
+    "train.weight_decay=1e-6",
+)
+PEERS: Final[dict[str, tuple[str, ...]]] = {
+    # Decoder of basal state and design; see `conditional_pair`.
+    "conditional_vae": (*_PLAIN, "model.latent_effect=false"),
+    # z + sum of embeddings, every one of them active: CPA-VAE as Bereket and Karaletsos have it.
+    "cpa_vae": (*_PLAIN, "model.combine=sum", "model.mask_probability=0.999999"),
+    # z + sum of masked embeddings.
+    "sams_vae": (*_PLAIN, "model.combine=sum", "model.mask_probability=0.01"),
+    "sams_vae_mean_field": (*_PLAIN, "model.combine=sum", "guide.family=mean_field"),
+    # As Baek et al. describe it: one flag, library held, partners; mistakes corrected.
+    "cradle_published": (
+        *_PLAIN,
+        "objective.counterfactual=partner",
+        "objective.beta=0.5",
+        "objective.particles=5",
+    ),
+    "cradle": (),
+}
+"""Kind to the settings that make it what it is, on top of a screen's configuration.
+
+References
+----------
+Sohn, Lee and Yan, "Learning structured output representation using deep conditional generative
+models", NeurIPS 2015 (conditional VAE). Lotfollahi et al., "Predicting cellular responses to
+complex perturbations in high-throughput screens", Molecular Systems Biology 2023 (CPA). Bereket and
+Karaletsos, "Modelling cellular perturbations with the sparse additive mechanism shift variational
+autoencoder", NeurIPS 2023. Baek et al., "CRADLE-VAE", AAAI 2025.
+"""
+
+_RATES: Final = (
+    (),
+    ("train.learning_rate=3e-3",),
+    ("train.learning_rate=3e-3", "train.weight_decay=0.3"),
+    ("model.n_latents=32",),
+)
+CANDIDATES: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
+    **dict.fromkeys(
+        ("conditional_vae", "cpa_vae", "sams_vae", "sams_vae_mean_field", "cradle_published"),
+        _RATES,
+    ),
+    "cradle": (
+        (),
+        ("train.effect_learning_rate=1e-2",),
+        ("model.combine=sum",),
+        ("model.n_latents=32",),
+    ),
+}
+"""Settings of each kind to choose from on validation cells: the same number for all."""
+
+_FLAGS: Final[dict[str, Flags]] = {"cradle": "each", "cradle_published": "any"}
+
+
+class ConditionalVAE(Cradle):
+    """Counts from basal state and design: the perturbations' embeddings are parameters."""
+
+    def __init__(self, schema: Schema, config: Config, statistics: Statistics) -> None:
+        super().__init__(schema, config.model, statistics)
+        self.embedding = nn.Parameter(torch.randn(schema.n_perturbations, config.model.n_latents))
+
+    def perturbation_effects(self) -> tuple[Tensor, Tensor | None]:
+        """Return the embeddings; nothing is sampled."""
+        return self.embedding, None
+
+
+class ConditionalGuide(CradleGuide):
+    """q(z_basal | x, d), with embeddings of the design of its own."""
+
+    def __init__(self, model: Cradle, config: Config, statistics: Statistics) -> None:
+        super().__init__(model, config.guide, statistics)
+        self.embedding = nn.Parameter(torch.randn(self.schema.n_perturbations, self.n_latents))
+
+    def global_latents(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the embeddings; nothing is sampled."""
+        return self.embedding, None, self.embedding.new_zeros(0, self.n_latents)
+
+
+def conditional_pair(
+    schema: Schema, config: Config, statistics: Statistics
+) -> tuple[Cradle, CradleGuide]:
+    """Return a conditional VAE and its guide, for ``fit(pair=)``."""
+    model = ConditionalVAE(schema, config, statistics)
+    return model, ConditionalGuide(model, config, statistics)
+
+
+def with_flags(data: CellData, flags: Flags) -> CellData:
+    """Return the cells with each flag of its own, with one flag for any, or without flags."""
+    if flags == "each" or not data.schema.n_artifacts:
+        return data
+    names = ("any",) if flags == "any" else ()
+    failing = data.failing[:, None].astype(data.artifact.dtype)
+    return replace(
+        data,
+        schema=replace(data.schema, artifacts=names),
+        artifact=failing[:, : len(names)],
+        artifact_observed=data.artifact_observed | (flags == "none"),
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that is trained by SVI.
+
+    Parameters
+    ----------
+    name
+        Name in tables.
+    config
+        Everything about model, guide, objective and training.
+    pair
+        Builds an edited pair, as in :func:`~cradle_pyro.fit`.
+    cells
+        ``"passing"``: failing cells are discarded first, the usual practice; their flags go, too.
+    flags
+        How the model sees the flags: ``"each"``, one for ``"any"``, or ``"none"``.
+    """
+
+    name: str
+    config: Config
+    pair: PairBuilder | None = None
+    cells: Cells = "all"
+    flags: Flags = "each"
+
+    def fit(self, data: CellData) -> FittedModel:
+        """Return the posterior of the training cells; validation cells stop early."""
+        flags: Flags = self.flags
+        if self.cells == "passing":
+            data, flags = data.subset(data.passing), "none"
+        data = with_flags(data, flags)
+        posterior = fit(data, self.config, pair=self.pair, progress=False)
+        return FittedModel(self.name, posterior, flags)
+
+
+@dataclass(frozen=True)
+class FittedModel:
+    """A posterior as a predictor.
+
+    Parameters
+    ----------
+    name
+        Name in tables.
+    posterior
+        What was trained.
+    flags
+        How it sees the flags of cells; `see` shows cells in this way.
+    """
+
+    name: str
+    posterior: Posterior
+    flags: Flags = "each"
+
+    def see(self, data: CellData) -> CellData:
+        """Return cells with the flags that the model knows."""
+        return with_flags(data, self.flags)
+
+    def predict(self, labels: Sequence[str], depth: Depth | None = None) -> np.ndarray:
+        """Return the posterior mean of each label's direct effect, shape (labels, genes), log2.
+
+        With `depth`, of counts generated at these libraries. Draws, cells and seed are those of
+        the configuration's ``evaluation``.
+        """
+        if not len(labels):
+            return np.zeros((0, self.posterior.schema.n_genes))
+        options = self.posterior.config.evaluation
+        if depth is None:
+            return effect_draws(
+                self.posterior, list(labels),
+                draws=options.draws, n_cells=options.n_controls, seed=options.seed,
+            ).mean(0)  # fmt: skip
+        return generated_effects(
+            self.posterior, list(labels), *depth,
+            draws=options.draws, n_cells=options.n_controls, seed=options.seed,
+        )  # fmt: skip
+
+    def generate(self, labels: Sequence[str], library: np.ndarray, *, seed: int = 0) -> np.ndarray:
+        """Return counts of new cells without artifact, over abducted controls: (cells, genes)."""
+        names = np.asarray(labels, dtype=str)
+        library = np.asarray(library, dtype=np.float64)
+        if library.shape != names.shape or not len(names):
+            raise QueryError(
+                f"One library for each of the labels is needed, found {len(labels)} labels and "
+                f"libraries of shape {library.shape}."
+            )
+        rate = np.empty((len(names), self.posterior.schema.n_genes), dtype=np.float32)
+        for label in np.unique(names):
+            rows = np.flatnonzero(names == label)
+            act = do(perturbation=str(label), artifact=0, library=1.0)
+            rate[rows] = intervene(self.posterior, act, len(rows), seed=seed).layers["rate"]
+        depth = torch.as_tensor(library, dtype=torch.float32)
+        with seeded(seed), torch.no_grad():
+            return self.posterior.model.likelihood(torch.as_tensor(rate), depth).sample().numpy()
+
+
+_SIMPLE: Final[dict[str, Callable[..., Predictor]]] = {
+    "no_change": NoChange,
+    "global_mean": GlobalMean,
+    "training_mean": TrainingMean,
+    "additive": Additive,
+    "empirical_bayes": EmpiricalBayes,
+    "linear": LinearRegression,
+}
+KINDS: Final = (*_SIMPLE, "glm", *PEERS)
+"""All kinds of predictors that `make_predictor` knows."""
+
+
+def make_predictor(
+    kind: str,
+    *,
+    name: str | None = None,
+    config: Config | None = None,
+    settings: Sequence[str] = (),
+    cells: Cells | None = None,
+) -> Predictor:
+    """Return a predictor by its kind.
+
+    Parameters
+    ----------
+    kind
+        One of `KINDS`.
+    name
+        Name in tables; the kind if omitted.
+    config
+        The screen's configuration; what makes the kind (`PEERS`) and then `settings` are put on
+        top of it.
+    settings
+        Further settings, ``section.key=value``.
+    cells
+        Train on ``"all"`` cells or those ``"passing"``; by default passing cells for predictors
+        without a network, which cannot tell artifacts, and all cells for those with one.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such kind, or a setting is wrong.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"No predictor '{kind}'{near(kind, KINDS)}. Known: {', '.join(KINDS)}.")
+    config = (config or Config()).with_settings([*PEERS.get(kind, ()), *settings])
+    if kind == "glm":
+        return NegativeBinomialGLM(cells=cells or "passing", name=name or kind)
+    if kind in _SIMPLE:
+        grouping = config.evaluation.grouping
+        return _SIMPLE[kind](cells=cells or "passing", grouping=grouping, name=name or kind)
+    pair = conditional_pair if kind == "conditional_vae" else None
+    flags = _FLAGS.get(kind, "none")
+    return Trained(name or kind, config, pair, cells or "all", flags)

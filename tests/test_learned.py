@@ -1,0 +1,188 @@
+"""Every kind of predictor: one contract, on a tiny screen with short training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+import cradle_pyro as cp
+from cradle_pyro.baselines.learned import (
+    CANDIDATES,
+    KINDS,
+    PEERS,
+    FittedModel,
+    make_predictor,
+    with_flags,
+)
+from cradle_pyro.baselines.predictor import Depth, FittedPredictor, GenerativePredictor, Predictor
+from cradle_pyro.data.dataset import CellData
+from cradle_pyro.errors import ConfigError, QueryError
+from cradle_pyro.inference.checkpoint import load
+
+TINY = (
+    "data.layer='counts'",
+    "split.method=combinations",
+    "qc.doublets=false",
+    "train.max_epochs=2",
+    "model.n_latents=3",
+    "evaluation.draws=2",
+    "evaluation.n_controls=10",
+)
+SMALLER = (
+    "model.n_latents=3",
+    "model.decoder.hidden=8",
+    "guide.encoder.hidden=8",
+    "guide.effect_encoder.hidden=8",
+)
+
+
+@cache
+def make_data() -> CellData:
+    adata = cp.simulate_perturbseq(n_cells=400, n_genes=60, n_perturbations=4, n_pairs=3, seed=1)
+    return cp.prepare(adata, cp.Config().with_settings(TINY)).data
+
+
+def learned_part(data: CellData) -> CellData:
+    return data.subset(np.asarray(data.split) != "test")
+
+
+def predictor_of(kind: str, **options: object) -> Predictor:
+    return make_predictor(kind, config=cp.Config().with_settings(TINY), settings=SMALLER, **options)
+
+
+@cache
+def fitted_of(kind: str) -> FittedPredictor:
+    return predictor_of(kind).fit(make_data())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_fulfils_the_contract(kind: str) -> None:
+    data, predictor, fitted = make_data(), predictor_of(kind), fitted_of(kind)
+    assert isinstance(predictor, Predictor)
+    assert isinstance(fitted, GenerativePredictor)
+    assert fitted.name == predictor.name == kind
+    names, n_genes = data.schema.perturbations, data.schema.n_genes
+    never = "+".join(sorted(names[:3]))
+    labels = [names[0], data.schema.control, never]
+    library = np.array([2000.0, 3000.0])
+    for depth in (None, Depth([library] * 3, library)):
+        effects = fitted.predict(labels, depth)
+        assert effects.shape == (3, n_genes)
+        assert np.isfinite(effects).all()
+        # Generated counts of control at two times are not the same counts.
+        np.testing.assert_allclose(effects[1], 0, atol=0 if depth is None else 3)
+        assert fitted.predict([], depth).shape == (0, n_genes)
+    with pytest.raises(QueryError, match=f"'{names[0]}x'"):
+        fitted.predict([f"{names[0]}x"])
+    depth = np.repeat([1000.0, 4000.0], 40)
+    counts = fitted.generate(np.tile([names[0], data.schema.control], 40), depth, seed=3)
+    assert counts.shape == (80, n_genes)
+    assert (counts == np.round(counts)).all()
+    assert (counts >= 0).all()
+    sums = counts.sum(1)
+    assert sums[40:].mean() / sums[:40].mean() == pytest.approx(4, rel=0.25)
+    assert sums[40:].mean() == pytest.approx(4000, rel=0.25)
+    again = fitted.generate(np.tile([names[0], data.schema.control], 40), depth, seed=3)
+    np.testing.assert_array_equal(counts, again)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_test_cells_are_not_learned_from(kind: str) -> None:
+    data = make_data()
+    counts = data.rows(slice(None)).toarray()
+    counts[np.asarray(data.split) == "test"] = 999.0
+    spoilt = replace(data, counts=sparse.csr_array(counts))
+    labels = list(data.schema.perturbations)
+    np.testing.assert_array_equal(
+        predictor_of(kind).fit(spoilt).predict(labels), fitted_of(kind).predict(labels)
+    )
+
+
+def test_failing_cells_are_discarded_with_their_flags() -> None:
+    data = make_data()
+    fitted = predictor_of("cradle", cells="passing").fit(data)
+    assert isinstance(fitted, FittedModel)
+    train = data.where(split="train")
+    assert fitted.posterior.statistics.n_cells == train.passing.sum() < train.n_cells
+    assert fitted.posterior.schema.artifacts == ()
+    assert fitted.see(data).artifact.shape == (data.n_cells, 0)
+
+
+def test_flags_are_merged_or_left_out() -> None:
+    data = make_data()
+    assert with_flags(data, "each") is data
+    one = with_flags(data, "any")
+    assert one.schema.artifacts == ("any",)
+    np.testing.assert_array_equal(one.artifact[:, 0] > 0, data.failing)
+    none = with_flags(data, "none")
+    assert none.passing.all()
+    np.testing.assert_array_equal(none.labels, data.labels)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sites", "flags"),
+    [
+        ("conditional_vae", {"z_basal"}, 0),
+        ("cpa_vae", {"z_basal", "effect", "effect_mask"}, 0),
+        ("sams_vae", {"z_basal", "effect", "effect_mask"}, 0),
+        ("sams_vae_mean_field", {"z_basal", "effect", "effect_mask"}, 0),
+        ("cradle_published", {"z_basal", "effect", "effect_mask", "artifact_effect"}, 1),
+    ],
+)
+def test_peers_have_the_latents_that_their_papers_give_them(
+    kind: str, sites: set[str], flags: int
+) -> None:
+    fitted = fitted_of(kind)
+    assert isinstance(fitted, FittedModel)
+    latents = {
+        column.removeprefix("train_")
+        for column in fitted.posterior.history
+        if column.startswith("train_")
+    } - {"loss", "counts", "counterfactual", "prior"}
+    assert latents == sites
+    assert fitted.posterior.schema.n_artifacts == flags
+
+
+def test_every_embedding_of_cpa_is_active_and_those_of_sams_are_few() -> None:
+    for kind, share in (("cpa_vae", 1.0), ("sams_vae", 0.01)):
+        fitted = fitted_of(kind)
+        assert isinstance(fitted, FittedModel)
+        logits = fitted.posterior.guide.mask_logits
+        assert logits is not None
+        assert logits.sigmoid().mean().item() == pytest.approx(share, abs=0.05)
+
+
+def test_a_conditional_vae_can_be_saved_and_read(tmp_path) -> None:
+    from cradle_pyro.baselines.learned import conditional_pair
+
+    fitted = fitted_of("conditional_vae")
+    assert isinstance(fitted, FittedModel)
+    found = load(fitted.posterior.save(tmp_path / "run"), pair=conditional_pair)
+    labels = list(found.schema.perturbations)
+    np.testing.assert_array_equal(
+        FittedModel("read", found, "none").predict(labels), fitted.predict(labels)
+    )
+
+
+def test_all_tuned_kinds_have_as_many_candidates_and_all_can_be_built() -> None:
+    assert set(CANDIDATES) == set(PEERS)
+    assert len({len(candidates) for candidates in CANDIDATES.values()}) == 1
+    for kind, candidates in CANDIDATES.items():
+        built = [make_predictor(kind, settings=settings) for settings in candidates]
+        assert len({predictor.config for predictor in built}) == len(candidates)
+
+
+def test_an_unknown_kind_names_a_near_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'sams_vae'"):
+        make_predictor("sams-vae")
+
+
+def test_a_library_for_every_cell_is_needed() -> None:
+    fitted = fitted_of("cradle")
+    assert isinstance(fitted, FittedModel)
+    with pytest.raises(QueryError, match="2 labels"):
+        fitted.generate(["control", "control"], np.array([1000.0]))
