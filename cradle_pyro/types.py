@@ -112,7 +112,7 @@ class Statistics(NamedTuple):
 
 
 class EffectStart(NamedTuple):
-    """Raw estimates of the direct effects, from which training starts.
+    """Estimates of the direct effects, from which training starts.
 
     Parameters
     ----------

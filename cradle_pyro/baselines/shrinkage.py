@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cradle_pyro.data.regression import default_slab_sds
 from cradle_pyro.errors import DataError
 
-__all__ = ["Shrunken", "default_slab_sds", "fit_weights", "posterior_moments", "shrink"]
+__all__ = ["Shrunken", "fit_weights", "posterior_moments", "shrink"]
 
 _BLOCK_VALUES = 2_000_000
 _MOST_NODES = 257
@@ -102,22 +103,6 @@ def shrink(
     return posterior_moments(
         effects, errors, sds, weights, scale=factor, control_errors=control_errors
     )
-
-
-def default_slab_sds(
-    effects: np.ndarray, errors: np.ndarray, scale: np.ndarray, *, ratio: float = 2.0
-) -> np.ndarray:
-    """Return a geometric grid of slab standard deviations that covers the effects.
-
-    From a quarter of the median standard error to twice the largest excess of an effect over its
-    noise, as in adaptive shrinkage. Arguments as in `shrink`, `ratio` between neighbours.
-    """
-    unit = np.maximum(scale, 1e-2)
-    lowest = max(float(np.median(errors / unit)) / 4.0, 1e-3)
-    excess = np.sqrt(np.maximum(effects**2 - errors**2, 0.0)) / unit
-    highest = 2.0 * float(np.quantile(excess, 0.9999))
-    n_steps = max(int(np.ceil(np.log(max(highest / lowest, 1.0)) / np.log(ratio))), 1)
-    return lowest * ratio ** np.arange(n_steps + 1)
 
 
 def fit_weights(

@@ -7,12 +7,21 @@ import scipy.sparse as sp
 import torch
 
 from cradle_pyro.data.dataset import CellData
+from cradle_pyro.data.regression import (
+    INTERCEPT_SD,
+    fit_negative_binomial,
+    nuisance_columns,
+    sparse_effects,
+)
 from cradle_pyro.errors import DataError
 from cradle_pyro.types import EffectStart, Statistics
 
-__all__ = ["raw_effects", "training_statistics"]
+__all__ = ["raw_effects", "regression_effects", "training_statistics"]
 
 _INVERSE_DISPERSION_RANGE = (0.3, 100.0)
+_LARGEST_ERROR = 3.0
+_MOST_COLUMNS = 300
+_MOST_ENTRIES = 500_000_000
 
 
 def training_statistics(train: CellData, *, interaction_cells: int | None = None) -> Statistics:
@@ -124,6 +133,58 @@ def raw_effects(train: CellData, statistics: Statistics) -> EffectStart:
     shared = np.concatenate([np.ones(split), combinations.sum(1) - 1])[:, None] * errors[0]
     own[split:] = np.sqrt(own[split:] ** 2 + combinations @ own[:split] ** 2)
     return EffectStart(_tensor(loc), _tensor(np.hypot(own, shared)))
+
+
+def regression_effects(train: CellData, statistics: Statistics) -> EffectStart:
+    """Return log-fold changes of perturbations and combinations, estimated together.
+
+    Parameters
+    ----------
+    train
+        Training cells; those that pass are used.
+    statistics
+        Of the same cells.
+
+    Returns
+    -------
+    EffectStart
+        From a negative-binomial regression on perturbations, combinations and covariates
+        (:mod:`cradle_pyro.data.regression`): what is left for each effect to explain, given the
+        posterior means of all others under a sparse prior, and its error. An effect of which the
+        cells say next to nothing is zero, with an error of three. `raw_effects` in its place for
+        log-normalised values, without passing cells or controls, and for screens on which a
+        regression would take longer than it is worth (over 300 columns, or 5e8 entries).
+    """
+    passing = train.subset(train.passing)
+    members = statistics.combinations.numpy()
+    n_columns = train.schema.n_perturbations + len(members) + train.schema.n_covariate_levels + 1
+    has_controls = bool((passing.labels == train.schema.control).any())
+    too_large = n_columns > _MOST_COLUMNS or passing.n_cells * train.schema.n_genes > _MOST_ENTRIES
+    if train.values == "lognorm" or not has_controls or too_large:
+        return raw_effects(train, statistics)
+    nuisance = nuisance_columns(passing, flags=False)
+    exact = [
+        ((passing.perturbation > 0) @ row == row.sum())
+        & (np.asarray((passing.perturbation > 0).sum(1)).ravel() == row.sum())
+        for row in members
+    ]
+    parts = [nuisance, passing.perturbation, *(column[:, None] for column in exact)]
+    design = sp.csr_array(sp.hstack([sp.csr_array(part, dtype=np.float64) for part in parts]))
+    sd = np.ones(design.shape[1])
+    sd[0] = INTERCEPT_SD
+    found = sparse_effects(
+        fit_negative_binomial(passing, design, sd),
+        sd,
+        np.repeat([0, 1], [train.schema.n_perturbations, len(members)]),
+        n_nuisance=nuisance.shape[1],
+        pseudo_entries=10.0,
+        n_sweeps=50,
+    )
+    known = found.error < _LARGEST_ERROR
+    return EffectStart(
+        _tensor(np.where(known, found.observed, 0.0)),
+        _tensor(np.where(known, found.error, _LARGEST_ERROR)),
+    )
 
 
 def _combinations(train: CellData, least: int | None) -> np.ndarray:

@@ -20,7 +20,7 @@ from cradle_pyro.config import Config, PartnerTerm
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.data.matching import match_partners
 from cradle_pyro.data.prepare import assign_split
-from cradle_pyro.data.statistics import raw_effects, training_statistics
+from cradle_pyro.data.statistics import regression_effects, training_statistics
 from cradle_pyro.errors import ConfigError, DataError
 from cradle_pyro.inference.objectives import CradleELBO, FlipPool
 from cradle_pyro.inference.pair import PairBuilder, build_pair
@@ -109,7 +109,7 @@ def fit(
     )
     model, guide = build_pair(data.schema, config, statistics, seed=config.train.seed, pair=pair)
     if hasattr(guide, "start_effects"):
-        guide.start_effects(raw_effects(train, statistics))
+        guide.start_effects(regression_effects(train, statistics))
     objective = CradleELBO(
         config.objective, flip_pool(train), failing_share=float(statistics.failing_share)
     )

@@ -203,7 +203,7 @@ class CradleGuide(nn.Module):
         return parameters if self.mask_logits is None else [self.mask_logits, *parameters]
 
     def start_effects(self, effects: EffectStart) -> None:
-        """Set the direct effects' observations to raw estimates from the training cells."""
+        """Set the direct effects' observations to estimates from the training cells."""
         start = 0
         for part in (self.gene_effect, self.interaction):
             if isinstance(part, TiltedPrior):

@@ -1,0 +1,416 @@
+"""Negative-binomial regression of all genes on one design, with sparse effects.
+
+For cell n and gene g, with library l, nuisance columns c and columns of effects d:
+
+    x_ng ~ NegativeBinomial(mean = l_n exp(c_n A_g + d_n B_g), inverse dispersion theta_g)
+    B_jg ~ sum_k w_jk Normal(0, tau_k^2),    tau_0 = 0 (the spike) < tau_1 < ...
+
+Every gene's log-likelihood is expanded to second order where it is greatest under a weak Normal
+prior. Given that, each B_jg has its posterior mean under the sparse prior, column after column
+until nothing moves, with the nuisance coefficients integrated out; the weights w maximise the
+evidence (variational empirical Bayes).
+
+References
+----------
+Kim, Wang, Carbonetto and Stephens, "A flexible empirical Bayes approach to multiple linear
+regression and connections with penalized regression", JMLR 2024.
+Stephens, "False discovery rates: a new deal", Biostatistics 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from scipy import sparse, special
+
+if TYPE_CHECKING:
+    from cradle_pyro.data.dataset import CellData
+
+__all__ = [
+    "INTERCEPT_SD",
+    "Quadratic",
+    "SparseEffects",
+    "default_slab_sds",
+    "fit_negative_binomial",
+    "nuisance_columns",
+    "sparse_effects",
+]
+
+INTERCEPT_SD = 3.0
+"""Standard deviation of a gene's intercept around the log of its overall fraction, nats."""
+
+_ENTRIES_AT_A_TIME = 4_000_000
+_LARGEST_STEP = 2.0
+_INVERSE_DISPERSION_RANGE = (1e-2, 1e4)
+
+
+class SparseEffects(NamedTuple):
+    """Posterior of the effects under a sparse prior.
+
+    Parameters
+    ----------
+    nuisance
+        Coefficients of the nuisance columns given the effects, shape (columns, genes), nats.
+    mean
+        Posterior means of the effects, shape (effects, genes), nats.
+    observed
+        What is left for each effect to explain, given the posterior means of all others: the
+        effect would be this without its prior; same shape.
+    error
+        Standard error of `observed`, same shape.
+    """
+
+    nuisance: np.ndarray
+    mean: np.ndarray
+    observed: np.ndarray
+    error: np.ndarray
+
+
+def default_slab_sds(
+    effects: np.ndarray, errors: np.ndarray, scale: np.ndarray, *, ratio: float = 2.0
+) -> np.ndarray:
+    """Return a geometric grid of slab standard deviations that covers the effects.
+
+    From a quarter of the median standard error to twice the largest excess of an effect over its
+    noise, as in adaptive shrinkage. Arguments as in `shrink`, `ratio` between neighbours.
+    """
+    unit = np.maximum(scale, 1e-2)
+    lowest = max(float(np.median(errors / unit)) / 4.0, 1e-3)
+    excess = np.sqrt(np.maximum(effects**2 - errors**2, 0.0)) / unit
+    highest = 2.0 * float(np.quantile(excess, 0.9999))
+    n_steps = max(int(np.ceil(np.log(max(highest / lowest, 1.0)) / np.log(ratio))), 1)
+    return lowest * ratio ** np.arange(n_steps + 1)
+
+
+class Quadratic(NamedTuple):
+    """Second-order expansion of each gene's log-likelihood at its penalised maximum.
+
+    Parameters
+    ----------
+    coefficients
+        Where it is expanded, nuisance columns first, shape (columns, genes), nats.
+    score
+        Gradient there, without the prior's part, same shape.
+    pairs
+        Pairs of columns (smaller first) that any cell has in common, shape (pairs, 2).
+    information
+        Expected information of each pair, shape (pairs, genes).
+    inverse_dispersion
+        theta, shape (genes,).
+    """
+
+    coefficients: np.ndarray
+    score: np.ndarray
+    pairs: np.ndarray
+    information: np.ndarray
+    inverse_dispersion: np.ndarray
+
+
+def fit_negative_binomial(cells: CellData, design: sparse.csr_array, sd: np.ndarray) -> Quadratic:
+    """Return each gene's regression, fitted by Fisher scoring under a Normal prior.
+
+    Parameters
+    ----------
+    cells
+        Cells with raw counts.
+    design
+        Columns of the regression, the intercept first, shape (cells, columns).
+    sd
+        Standard deviation of each coefficient's prior, nats, shape (columns,). That of the
+        intercept is around the log of the overall fraction of the gene, others around zero.
+
+    Notes
+    -----
+    Coefficients and inverse dispersion are fitted in turn; the latter by maximum likelihood, with
+    a log-normal prior of standard deviation one around the median of the genes. Genes are
+    independent given that, and are worked on in blocks.
+    """
+    library = cells.library.astype(np.float64)
+    counts = sparse.csc_array(cells.rows(slice(None)), dtype=np.float64)
+    rows, member = _distinct_rows(design)
+    pairs, products = _column_pairs(rows)
+    width = max(min(_ENTRIES_AT_A_TIME // len(library), 40_000_000 // design.shape[1] ** 2), 1)
+    blocks = [slice(start, start + width) for start in range(0, counts.shape[1], width)]
+    solver = _Solver(rows, member, pairs, products, library, 1.0 / sd**2)
+    typical = np.nan
+    # A first pass over a few genes says what dispersions are like.
+    some = np.linspace(0, counts.shape[1] - 1, min(counts.shape[1], 100)).astype(int)
+    _, theta, *_ = solver.fit(counts[:, some].toarray(), typical)
+    typical = float(np.median(np.log(theta)))
+    found = [solver.fit(counts[:, block].toarray(), typical) for block in blocks]
+    coefficients, theta, score, information = (
+        np.concatenate([block[i] for block in found], axis=-1) for i in range(4)
+    )
+    return Quadratic(coefficients, score, pairs, information, theta)
+
+
+class _Solver(NamedTuple):
+    """Fisher scoring of many genes with one design."""
+
+    rows: sparse.csr_array  # distinct rows of the design
+    member: sparse.csr_array  # which cells have them, (rows, cells)
+    pairs: np.ndarray
+    products: sparse.csr_array  # (pairs, rows)
+    library: np.ndarray
+    precision: np.ndarray
+
+    def fit(
+        self, counts: np.ndarray, typical: float, *, n_rounds: int = 3, n_steps: int = 8
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return coefficients, inverse dispersion, score and information of a block of genes."""
+        fraction = (counts.sum(axis=0) + 0.5) / (self.library.sum() + 0.5 / 1e-6)
+        start = np.zeros((self.rows.shape[1], counts.shape[1]))
+        start[0] = np.log(fraction)
+        coefficients = start.copy()
+        theta = np.full(counts.shape[1], 2.0 if np.isnan(typical) else np.exp(typical))
+        for _ in range(n_rounds):
+            for _ in range(n_steps):
+                mean = self._mean(coefficients)
+                score, information = self._derivatives(counts, mean, theta)
+                gradient = score - self.precision[:, None] * (coefficients - start)
+                step = self._solve(information, gradient)
+                largest = np.abs(step).max(axis=0)
+                coefficients += step * np.minimum(1.0, _LARGEST_STEP / np.maximum(largest, 1e-12))
+                if largest.max() < 1e-3:
+                    break
+            theta = _inverse_dispersion(counts, self._mean(coefficients), theta, typical)
+        score, information = self._derivatives(counts, self._mean(coefficients), theta)
+        return coefficients, theta, score, information
+
+    def _mean(self, coefficients: np.ndarray) -> np.ndarray:
+        log_rate = self.rows @ coefficients
+        np.clip(log_rate, -40.0, 2.0, out=log_rate)
+        return np.asarray(self.member.T @ np.exp(log_rate)) * self.library[:, None]
+
+    def _derivatives(
+        self, counts: np.ndarray, mean: np.ndarray, theta: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        shrink = theta / (theta + mean)
+        score = self.rows.T @ (self.member @ ((counts - mean) * shrink))
+        return score, self.products @ (self.member @ (mean * shrink))
+
+    def _solve(self, information: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        n_columns, n_genes = gradient.shape
+        matrix = np.zeros((n_genes, n_columns, n_columns))
+        first, second = self.pairs.T
+        matrix[:, first, second] = information.T
+        matrix[:, second, first] = information.T
+        matrix[:, np.arange(n_columns), np.arange(n_columns)] += self.precision
+        return np.linalg.solve(matrix, gradient.T[..., None])[..., 0].T
+
+
+def _distinct_rows(design: sparse.csr_array) -> tuple[sparse.csr_array, sparse.csr_array]:
+    """Return the distinct rows of a design, and which cells have them, shape (rows, cells)."""
+    n_cells = design.shape[0]
+    design.sort_indices()
+    keys = [
+        (design.indices[a:b].tobytes(), design.data[a:b].tobytes())
+        for a, b in zip(design.indptr[:-1], design.indptr[1:], strict=True)
+    ]
+    position: dict[tuple[bytes, bytes], int] = {}
+    inverse = np.array([position.setdefault(key, len(position)) for key in keys])
+    first = np.full(len(position), n_cells)
+    np.minimum.at(first, inverse, np.arange(n_cells))
+    ones = np.ones(n_cells)
+    member = sparse.csr_array((ones, (inverse, np.arange(n_cells))), (len(position), n_cells))
+    return design[first], member
+
+
+def _column_pairs(rows: sparse.csr_array) -> tuple[np.ndarray, sparse.csr_array]:
+    """Return pairs of columns that stand in one row, and their products, (pairs, rows)."""
+    n_rows, n_columns = rows.shape
+    sizes = np.diff(rows.indptr)
+    of_row = np.repeat(np.arange(n_rows), sizes)
+    left = np.repeat(np.arange(rows.nnz), sizes[of_row])
+    within = np.arange(len(left)) - np.repeat(
+        np.cumsum(sizes[of_row]) - sizes[of_row], sizes[of_row]
+    )
+    right = rows.indptr[of_row[left]] + within
+    kept = rows.indices[left] <= rows.indices[right]
+    left, right = left[kept], right[kept]
+    codes = rows.indices[left].astype(np.int64) * n_columns + rows.indices[right]
+    codes = np.concatenate([codes, np.arange(n_columns, dtype=np.int64) * (n_columns + 1)])
+    values = np.concatenate([rows.data[left] * rows.data[right], np.zeros(n_columns)])
+    at = np.concatenate([of_row[left], np.zeros(n_columns, dtype=np.int64)])
+    names, inverse = np.unique(codes, return_inverse=True)
+    products = sparse.csr_array((values, (inverse, at)), (len(names), n_rows))
+    return np.stack(np.divmod(names, n_columns), axis=1), products
+
+
+def _inverse_dispersion(
+    counts: np.ndarray, mean: np.ndarray, start: np.ndarray, typical: float, *, n_steps: int = 6
+) -> np.ndarray:
+    """Return the inverse dispersion of greatest likelihood under a log-normal prior, (genes,)."""
+    cell, gene = np.nonzero(counts)
+    positive, at = counts[cell, gene], mean[cell, gene]
+    n_genes = counts.shape[1]
+    # Polygamma functions are slow: once for each different count of a gene.
+    different, times = np.unique(np.stack([gene, positive]), axis=1, return_counts=True)
+    of_gene, value = different[0].astype(np.int64), different[1]
+
+    def total(order: int, theta: np.ndarray) -> np.ndarray:
+        own = theta[of_gene]
+        change = special.polygamma(order, value + own) - special.polygamma(order, own)
+        return np.bincount(of_gene, times * change, minlength=n_genes)
+
+    low, high = np.log(_INVERSE_DISPERSION_RANGE)
+    log_theta = np.log(start)
+    weight = 0.0 if np.isnan(typical) else 1.0
+    for _ in range(n_steps):
+        theta = np.exp(log_theta)
+        ratio = mean / theta
+        share = ratio / (1 + ratio)
+        left = theta[gene] + at
+        first = total(0, theta) + (share - np.log1p(ratio)).sum(axis=0)
+        first -= np.bincount(gene, positive / left, minlength=n_genes)
+        second = total(1, theta) + (share**2).sum(axis=0) / theta
+        second += np.bincount(gene, positive / left**2, minlength=n_genes)
+        gradient = theta * first - weight * (log_theta - np.nan_to_num(typical))
+        curvature = theta * first + theta**2 * second - weight
+        # Where it is not concave, a step along the gradient.
+        step = np.where(curvature < -1e-8, -gradient / np.minimum(curvature, -1e-8), gradient)
+        log_theta = np.clip(log_theta + np.clip(step, -1.0, 1.0), low, high)
+    return np.exp(log_theta)
+
+
+def sparse_effects(
+    expansion: Quadratic,
+    sd: np.ndarray,
+    kinds: np.ndarray,
+    *,
+    n_nuisance: int,
+    pseudo_entries: float,
+    n_sweeps: int,
+) -> SparseEffects:
+    """Return the effects' posterior under a spike-and-slab prior with weights of each column.
+
+    Parameters
+    ----------
+    expansion
+        Of the log-likelihoods.
+    sd
+        Standard deviations of the weak prior; of the nuisance columns it stays in force.
+    kinds
+        Which columns share pooled weights, shape (columns - n_nuisance,).
+    n_nuisance
+        Columns without a sparse prior, which come first.
+    pseudo_entries, n_sweeps
+        Strength of the pooled mixture weights in each column's own weights, in genes; most rounds
+        over the columns.
+    """
+    quadratic = _Reduced.of(expansion, sd, n_nuisance)
+    if not len(kinds):
+        none = quadratic.target
+        return SparseEffects(quadratic.nuisance(none), none, none, none)
+    mean = np.zeros_like(quadratic.target)
+    errors = quadratic.own**-0.5
+    slabs = default_slab_sds(quadratic.target / quadratic.own, errors, np.ones_like(errors))
+    sds = np.concatenate([[0.0], slabs])
+    pooled = np.full((kinds.max() + 1, len(sds)), 1.0 / len(sds))
+    weights = pooled[kinds]
+    responsibility = np.empty_like(weights)
+    for sweep in range(n_sweeps):
+        before = mean.copy()
+        for column, residual in quadratic.residuals(mean):
+            mean[column], responsibility[column] = _posterior_mean(
+                residual / quadratic.own[column], errors[column], sds, weights[column]
+            )
+        n_genes = mean.shape[1]
+        pooled = np.stack([responsibility[kinds == kind].mean(axis=0) for kind in np.unique(kinds)])
+        pooled /= pooled.sum(axis=1, keepdims=True)
+        total = (
+            responsibility * n_genes
+            + pseudo_entries * pooled[np.unique(kinds, return_inverse=True)[1]]
+        )
+        weights = total / total.sum(axis=1, keepdims=True)
+        if sweep > 2 and np.abs(mean - before).max() < 1e-3:
+            break
+    observed = np.empty_like(mean)
+    for column, residual in quadratic.residuals(mean):
+        observed[column] = residual / quadratic.own[column]
+    return SparseEffects(quadratic.nuisance(mean), mean, observed, errors)
+
+
+def _posterior_mean(
+    observed: np.ndarray, error: np.ndarray, sds: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return posterior means of one column's effects, and the mean responsibilities."""
+    variance = error**2 + sds[:, None] ** 2
+    density = -0.5 * (np.log(variance) + observed**2 / variance)
+    joint = weights[:, None] * np.exp(density - density.max(axis=0))
+    joint /= joint.sum(axis=0)
+    gain = sds[:, None] ** 2 / variance
+    return (joint * gain).sum(axis=0) * observed, joint.mean(axis=1)
+
+
+class _Reduced(NamedTuple):
+    """The expansion as a quadratic in the effects, nuisance coefficients integrated out."""
+
+    target: np.ndarray  # (effects, genes)
+    own: np.ndarray  # information on each effect given the others, (effects, genes)
+    others: list[list[tuple[int, np.ndarray]]]  # off-diagonal information before reduction
+    cross: np.ndarray  # (genes, nuisance, effects)
+    inverse: np.ndarray  # of the nuisance information, (genes, nuisance, nuisance)
+    potential: np.ndarray  # (genes, nuisance)
+
+    @classmethod
+    def of(cls, expansion: Quadratic, sd: np.ndarray, n_nuisance: int) -> _Reduced:
+        n_columns, n_genes = expansion.coefficients.shape
+        potential = expansion.score.copy()
+        full = np.zeros((n_genes, n_nuisance, n_columns))
+        others: list[list[tuple[int, np.ndarray]]] = [[] for _ in range(n_columns - n_nuisance)]
+        diagonal = np.zeros((n_columns - n_nuisance, n_genes))
+        for (i, j), values in zip(expansion.pairs.tolist(), expansion.information, strict=True):
+            potential[i] += values * expansion.coefficients[j]
+            if i != j:
+                potential[j] += values * expansion.coefficients[i]
+            if i < n_nuisance:
+                full[:, i, j] = values
+                if j < n_nuisance:
+                    full[:, j, i] = values
+            elif i == j:
+                diagonal[i - n_nuisance] = values
+            else:
+                others[i - n_nuisance].append((j - n_nuisance, values))
+                others[j - n_nuisance].append((i - n_nuisance, values))
+        precision = 1.0 / sd[:n_nuisance] ** 2
+        start = np.zeros((n_nuisance, n_genes))
+        start[0] = expansion.coefficients[0]
+        nuisance = full[:, :, :n_nuisance] + np.diag(precision)
+        inverse = np.linalg.inv(nuisance)
+        cross = np.ascontiguousarray(full[:, :, n_nuisance:])
+        own_potential = (potential[:n_nuisance] + precision[:, None] * start).T
+        explained = np.einsum("gij,gje->gie", inverse, cross)
+        own = diagonal - np.einsum("gie,gie->eg", cross, explained)
+        own = np.maximum(own, 1e-8 * diagonal + 1e-10)
+        target = potential[n_nuisance:] - np.einsum("gi,gie->eg", own_potential, explained)
+        return cls(target, own, others, cross, inverse, own_potential)
+
+    def residuals(self, mean: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield each column with what is left for it to explain; `mean` may change in between."""
+        carried = np.einsum("gie,eg->gi", self.cross, mean)
+        for column in range(len(mean)):
+            here = self.cross[:, :, column]
+            away = carried - here * mean[column][:, None]
+            residual = self.target[column] + np.einsum("gi,gij,gj->g", here, self.inverse, away)
+            for other, values in self.others[column]:
+                residual -= values * mean[other]
+            yield column, residual
+            carried = away + here * mean[column][:, None]
+
+    def nuisance(self, mean: np.ndarray) -> np.ndarray:
+        """Return the nuisance coefficients given the effects, shape (nuisance, genes)."""
+        left = self.potential - np.einsum("gie,eg->gi", self.cross, mean)
+        return np.einsum("gij,gj->ig", self.inverse, left)
+
+
+def nuisance_columns(cells: CellData, *, flags: bool) -> np.ndarray:
+    """Return intercept, levels of covariates, and flags; shape (cells, columns)."""
+    parts = [np.ones((cells.n_cells, 1))]
+    for column, (_, levels) in enumerate(cells.schema.covariates):
+        parts.append(np.eye(len(levels))[cells.covariates[:, column]])
+    if flags:
+        parts.append(cells.artifact.astype(np.float64))
+    return np.hstack(parts)
