@@ -118,6 +118,9 @@ def test_spearman_brown_predicts_the_correlation_of_doubled_measurements() -> No
     assert metrics.spearman_brown(-0.2) == -0.2
 
 
+ERRORS = ("rmse", "mae")
+
+
 # --- laws ---------------------------------------------------------------------------------------
 
 
@@ -133,9 +136,8 @@ def test_permuting_labels_and_genes_leaves_every_score(seed: int) -> None:
 
 def test_perfect_prediction_scores_one_and_opposite_minus_one() -> None:
     _, reference = make_effects()
-    assert metrics.score_effects(reference, reference) == pytest.approx(
-        dict.fromkeys(metrics.score_effects(reference, reference), 1.0)
-    )
+    found = metrics.score_effects(reference, reference)
+    assert found == pytest.approx({name: float(name not in ERRORS) for name in found})
     assert metrics.ate_correlation(-2 * reference, reference) == pytest.approx(-1.0)
     assert metrics.ate_r2(np.full_like(reference, reference.mean()), reference) == pytest.approx(0)
 
@@ -156,6 +158,10 @@ def test_names_in_tables_are_the_functions_they_say() -> None:
         "ate_rho_top50": metrics.top_k_correlation(predicted, reference, k=50),
         "jaccard_top20": metrics.jaccard_top_k(predicted, reference, k=20),
         "jaccard_top50": metrics.jaccard_top_k(predicted, reference, k=50),
+        "sign_top20": metrics.sign_agreement(predicted, reference, k=20),
+        "rmse": metrics.rmse(predicted, reference),
+        "mae": metrics.mae(predicted, reference),
+        "discrimination": metrics.perturbation_discrimination(predicted, reference).mean(),
     }
 
 
@@ -308,10 +314,51 @@ def test_ceiling_of_noiseless_cells_is_one() -> None:
         dense[rows] = dense[rows[0]]
     ceiling = split_half_ceiling(sparse.csr_array(dense), library, groups, control, n_repeats=2)
     for scores in (ceiling.halves, ceiling.replicate, ceiling.noise_free):
-        assert scores == pytest.approx(dict.fromkeys(scores, 1.0))
+        assert scores == pytest.approx({name: float(name not in ERRORS) for name in scores})
 
 
 def test_a_ceiling_needs_cells_to_halve() -> None:
     counts, library = make_counts()
     with pytest.raises(DataError, match="two control cells"):
         split_half_ceiling(counts, library, {"A": np.array([0])}, np.arange(5, 20))
+
+
+# --- discrimination, signs, absolute errors ------------------------------------------------------
+
+
+def test_mean_absolute_error_is_that_of_scikit_learn(rng):
+    from sklearn.metrics import mean_absolute_error
+
+    first, second = rng.normal(size=(4, 7)), rng.normal(size=(4, 7))
+    assert metrics.mae(first, second) == pytest.approx(
+        mean_absolute_error(first.ravel(), second.ravel())
+    )
+
+
+def test_discrimination_is_the_rank_of_the_own_label(rng):
+    reference = rng.normal(size=(6, 20))
+    np.testing.assert_array_equal(metrics.perturbation_discrimination(reference, reference), 1)
+    noisy = reference + rng.normal(0, 2, reference.shape)
+    expected = []
+    for row in range(6):
+        order = np.argsort([np.abs(noisy[row] - other).sum() for other in reference])
+        expected.append(1 - order.tolist().index(row) / 5)
+    np.testing.assert_allclose(metrics.perturbation_discrimination(noisy, reference), expected)
+    # The prediction of the label farthest away is worst.
+    assert metrics.perturbation_discrimination(-3 * reference, reference).mean() < 0.2
+
+
+def test_one_prediction_for_all_labels_discriminates_nothing(rng):
+    reference = rng.normal(size=(40, 10))
+    for constant in (np.zeros(10), rng.normal(size=10)):
+        found = metrics.perturbation_discrimination(np.tile(constant, (40, 1)), reference)
+        assert found.mean() == pytest.approx(0.5)
+    twins = np.repeat(rng.normal(size=(3, 10)), 2, axis=0)
+    np.testing.assert_allclose(metrics.perturbation_discrimination(twins, twins), 0.9)
+    assert np.isnan(metrics.perturbation_discrimination(np.ones((1, 3)), np.ones((1, 3)))).all()
+
+
+def test_signs_of_the_largest_effects():
+    reference = np.array([[3.0, -2.0, 0.1, 0.1], [1.0, 5.0, -4.0, 0.1]])
+    predicted = np.array([[1.0, 1.0, -1.0, -1.0], [-9.0, 0.0, -1.0, -1.0]])
+    assert metrics.sign_agreement(predicted, reference, k=2) == pytest.approx((1 + 0 + 0.5 + 1) / 4)

@@ -20,9 +20,12 @@ __all__ = [
     "jaccard_top_k",
     "ks_distance",
     "log_mean_exp",
+    "mae",
+    "perturbation_discrimination",
     "qc_pass_rate",
     "rmse",
     "score_effects",
+    "sign_agreement",
     "spearman_brown",
     "top_k_correlation",
     "top_k_mask",
@@ -126,6 +129,46 @@ def rmse(predicted: np.ndarray, reference: np.ndarray) -> float:
     return float(np.sqrt(np.mean((predicted - reference) ** 2)))
 
 
+def mae(predicted: np.ndarray, reference: np.ndarray) -> float:
+    """Return the mean absolute difference over all entries, in the unit of the inputs."""
+    predicted, reference = _effects(predicted, reference)
+    return float(np.mean(np.abs(predicted - reference)))
+
+
+def perturbation_discrimination(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return how well each label is told from all others by its prediction, shape (labels,).
+
+    1 - (number of other labels whose reference effects are nearer to the prediction) / (number of
+    other labels), by the sum of absolute differences; a label as near as the own one counts as
+    half. One is best; a prediction that is the same for all labels has a mean of about a half. nan
+    with a single label.
+
+    References
+    ----------
+    Roohani et al., "Virtual Cell Challenge", Cell 2025 (the perturbation discrimination score).
+    """
+    predicted, reference = _effects(predicted, reference)
+    n_labels = len(reference)
+    if n_labels < 2:
+        return np.full(n_labels, np.nan)
+    distance = np.abs(predicted[:, None, :] - reference[None, :, :]).sum(-1)
+    own = np.diag(distance)[:, None]
+    # Rounding must not decide between labels that are alike.
+    alike = np.isclose(distance, own, rtol=1e-9, atol=1e-12)
+    ahead = ((distance < own) & ~alike).sum(1) + 0.5 * (alike.sum(1) - 1)
+    return 1.0 - ahead / (n_labels - 1)
+
+
+def sign_agreement(predicted: np.ndarray, reference: np.ndarray, *, k: int) -> float:
+    """Return the share of each label's k largest reference effects with the right sign.
+
+    Mean over labels; a prediction of exactly zero counts as half.
+    """
+    predicted, reference = _effects(predicted, reference)
+    agreement = 0.5 + 0.5 * np.sign(predicted) * np.sign(reference)
+    return float(agreement[top_k_mask(reference, k)].mean())
+
+
 def qc_pass_rate(flags: Mapping[str, np.ndarray]) -> float:
     """Return the share of cells with no flag, in [0, 1].
 
@@ -216,7 +259,9 @@ def score_effects(predicted: np.ndarray, reference: np.ndarray) -> dict[str, flo
     dict
         ``ate_rho``, ``ate_r2`` over all entries; ``ate_rho_per_perturbation``,
         ``ate_r2_per_perturbation`` averaged over labels where defined; ``ate_rho_top20``,
-        ``ate_rho_top50``, ``jaccard_top20``, ``jaccard_top50``. nan where not defined.
+        ``ate_rho_top50``, ``jaccard_top20``, ``jaccard_top50``, ``sign_top20``; ``rmse``, ``mae``;
+        ``discrimination`` (`perturbation_discrimination`), mean over labels. nan where not defined.
+        ``ate_rho_per_perturbation`` is what others call delta-Pearson.
 
     Raises
     ------
@@ -235,6 +280,10 @@ def score_effects(predicted: np.ndarray, reference: np.ndarray) -> dict[str, flo
         "ate_rho_top50": top_k_correlation(predicted, reference, k=50),
         "jaccard_top20": jaccard_top_k(predicted, reference, k=20),
         "jaccard_top50": jaccard_top_k(predicted, reference, k=50),
+        "sign_top20": sign_agreement(predicted, reference, k=20),
+        "rmse": rmse(predicted, reference),
+        "mae": mae(predicted, reference),
+        "discrimination": _mean_defined(perturbation_discrimination(predicted, reference)),
     }
 
 
