@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import sparse, special, stats
 
 from cradle_pyro.baselines.predictor import Depth
 from cradle_pyro.baselines.simple import Cells, training_cells
@@ -40,7 +40,8 @@ __all__ = [
     "mean_log2_expression",
 ]
 
-_MOST_SUMMED = 4000
+_MOST_SUMMED = 1000
+_MOST_NATS = 600.0
 _MIDPOINTS = 256
 _LIBRARIES = 32
 
@@ -239,8 +240,10 @@ def mean_log2_expression(
 
     Notes
     -----
-    A sum over the probability of each count. Where these would be too many (over 4,000), an average
-    over quantiles of the gamma part, with a second-order correction for the Poisson part.
+    A sum over the probability of each count up to 1,000, and beyond by the trapezoid rule for
+    counts of a geometric progression. Where the probability of no count is too small to start from,
+    an average over quantiles of the gamma part, with a second-order correction for the Poisson
+    part.
     """
     depth = np.asarray(library, dtype=np.float64)
     if len(depth) > _LIBRARIES:
@@ -249,7 +252,7 @@ def mean_log2_expression(
     scale = np.broadcast_to(SCALE / depth[:, None], mean.shape)
     theta = np.broadcast_to(inverse_dispersion, mean.shape)
     result = np.empty(mean.shape)
-    large = _last_count(mean, theta) > _MOST_SUMMED
+    large = theta * np.log1p(mean / theta) > _MOST_NATS
     result[~large] = _summed(mean[~large], theta[~large], scale[~large])
     result[large] = _by_quantiles(mean[large], theta[large], scale[large])
     return result.mean(axis=0)
@@ -257,9 +260,10 @@ def mean_log2_expression(
 
 def _summed(mean: np.ndarray, theta: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Return E log2(1 + scale x) by the sum over counts, entry by entry."""
-    last = _last_count(mean, theta)
-    order = np.argsort(-last)
-    mean, theta, scale, last = mean[order], theta[order], scale[order], last[order]
+    end = _last_count(mean, theta)
+    order = np.argsort(-end)
+    mean, theta, scale, end = mean[order], theta[order], scale[order], end[order]
+    last = np.minimum(end, _MOST_SUMMED)
     odds = mean / (mean + theta)
     probability = np.exp(-theta * np.log1p(mean / theta))
     total = np.zeros(len(mean))
@@ -270,9 +274,22 @@ def _summed(mean: np.ndarray, theta: np.ndarray, scale: np.ndarray) -> np.ndarra
         part = slice(0, active)
         probability = probability[part] * odds[part] * ((x - 1 + theta[part]) / x)
         total[part] += probability * np.log2(1.0 + scale[part] * x)
+    tail = end > _MOST_SUMMED
+    total[tail] += _beyond(odds[tail], theta[tail], scale[tail], end[tail])
     result = np.empty_like(total)
     result[order] = total
     return result
+
+
+def _beyond(
+    odds: np.ndarray, theta: np.ndarray, scale: np.ndarray, end: np.ndarray, *, n_steps: int = 64
+) -> np.ndarray:
+    """Return E of log2(1 + scale x) where x is above `_MOST_SUMMED`, zero elsewhere."""
+    at = _MOST_SUMMED * (end / _MOST_SUMMED) ** (np.arange(n_steps + 1)[:, None] / n_steps)
+    survival = special.betainc(at + 1.0, theta, odds)
+    value = np.log2(1.0 + scale * at)
+    rest = (np.diff(value, axis=0) * (survival[1:] + survival[:-1]) / 2.0).sum(axis=0)
+    return value[0] * survival[0] + rest
 
 
 def _last_count(mean: np.ndarray, theta: np.ndarray) -> np.ndarray:

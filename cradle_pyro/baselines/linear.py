@@ -266,7 +266,7 @@ def _ridge(
         zeros = np.zeros((inputs.shape[1], effects.shape[1]))
         return _Map(mean, inputs.mean(axis=0), zeros), float(((effects - mean) ** 2).sum())
     scores = (effects - mean) @ axes
-    model = RidgeCV(alphas=penalties, store_cv_results=True).fit(inputs, scores)
+    model = RidgeCV(alphas=list(penalties), store_cv_results=True).fit(inputs, scores)
     # What the axes do not span is predicted by the mean of the other labels.
     rest = (effects - mean - scores @ axes.T) * n_labels / (n_labels - 1)
     errors = np.asarray(model.cv_results_).sum(axis=tuple(range(np.ndim(model.cv_results_) - 1)))
