@@ -302,6 +302,45 @@ def report(
 
 
 @cli.command()
+def benchmark(
+    config: Annotated[Path, typer.Option("--config", help="TOML file with the grid.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    workers: Annotated[
+        int, typer.Option(help="Processes at a time, each on one thread.", min=1)
+    ] = 1,
+    screens: Annotated[
+        Optional[Path],
+        typer.Option("--screens", help="Folder with the screens; default $CRADLE_SCREENS."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare predictors on screens over splits and seeds, and write tables and a page.
+
+    What is there from before is kept if it still fits, so that a stopped benchmark goes on. A part
+    that fails is listed at the end, and the exit code is 1.
+
+    Example: cradle-pyro benchmark --config configs/benchmarks/smoke.toml --out tables/smoke
+    """
+    from cradle_pyro.evaluation.benchmark import run_benchmark
+    from cradle_pyro.evaluation.grid_file import read_benchmark
+    from cradle_pyro.reporting.benchmark_page import write_benchmark_report
+
+    console = _console(quiet)
+    grid = read_benchmark(config, screens=screens)
+    found = run_benchmark(grid, out, workers=workers, progress=not quiet, say=console.print)
+    page = write_benchmark_report(grid, found, out)
+    console.print(
+        f"Wrote {out}: scores.csv, normalised.csv, comparisons.csv, report.md, {page.name}."
+    )
+    if found.failures:
+        errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        errors.print(f"[red]{len(found.failures)} cells failed:[/red]")
+        for name, reason in found.failures.items():
+            errors.print(escape(f"  {name}: {reason}"))
+        raise typer.Exit(1)
+
+
+@cli.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed.", min=0)] = 0,

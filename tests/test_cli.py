@@ -19,7 +19,9 @@ from cradle_pyro.config import Config
 from cradle_pyro.data.fields import write_h5ad_atomic
 from cradle_pyro.inference.checkpoint import load
 
-COMMANDS = ("simulate", "annotate", "train", "evaluate", "query", "effects", "report", "demo")
+COMMANDS = (
+    "simulate", "annotate", "train", "evaluate", "query", "effects", "report", "benchmark", "demo",
+)  # fmt: skip
 TINY = [part for setting in SETTINGS for part in ("--set", setting)]
 
 
