@@ -25,6 +25,26 @@ COMMANDS = (
 TINY = [part for setting in SETTINGS for part in ("--set", setting)]
 
 
+GRID = """
+name = "tiny"
+seeds = [0]
+ours = "empirical_bayes"
+
+[[screens]]
+name = "tiny"
+path = "screen.h5ad"
+settings = ["data.layer=counts", "qc.doublets=false", "evaluation.min_cells=2"]
+"""
+
+
+@pytest.fixture(scope="module")
+def grid(screen):
+    """A benchmark of simple predictors on the tiny screen."""
+    path = screen.with_name("grid.toml")
+    path.write_text(GRID)
+    return path
+
+
 def stored(adata, path):
     """Write a screen and return its path."""
     write_h5ad_atomic(adata, path)
@@ -297,7 +317,7 @@ def test_zarr_stores_are_screens_too(tmp_path):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_quiet_prints_nothing(command, screen, trained, tmp_path, capfd):
+def test_quiet_prints_nothing(command, screen, trained, grid, tmp_path, capfd):
     arguments = {
         "simulate": ["--out", tmp_path / "a.h5ad", "--cells", 100, "--genes", 80,
                      "--perturbations", 3, "--pairs", 0],
@@ -307,6 +327,7 @@ def test_quiet_prints_nothing(command, screen, trained, tmp_path, capfd):
         "query": [trained, "--cells", screen, "--do", "artifact=0", "--out", tmp_path / "c.h5ad"],
         "effects": [trained, "--out", tmp_path / "e.h5ad", "--draws", 2],
         "report": [trained, "--out", tmp_path / "report.html", "--draws", 2],
+        "benchmark": ["--config", grid, "--out", tmp_path / "tables"],
         "demo": ["--out", tmp_path / "demo", "--smoke"],
     }[command]  # fmt: skip
     capfd.readouterr()
@@ -474,7 +495,9 @@ def test_a_mistake_in_the_screen(reason, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_place_that_cannot_be_written(reason, command, screen, trained, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written(
+    reason, command, screen, trained, grid, tmp_path, monkeypatch
+):
     """Found before long work, and nothing else is written."""
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -486,6 +509,7 @@ def test_a_place_that_cannot_be_written(reason, command, screen, trained, tmp_pa
         "query": [trained, "--cells", screen, "--do", "artifact=0", "--out", blocked / "a.h5ad"],
         "effects": [trained, "--out", blocked / "a.h5ad"],
         "report": [trained, "--out", blocked / "a.html"],
+        "benchmark": ["--config", grid, "--out", blocked / "tables"],
         "demo": ["--out", blocked / "demo", "--smoke"],
     }[command]
 

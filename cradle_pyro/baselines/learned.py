@@ -28,12 +28,12 @@ from cradle_pyro.baselines.simple import (
 )
 from cradle_pyro.config import Config
 from cradle_pyro.errors import ConfigError, QueryError, near
-from cradle_pyro.inference.pair import PairBuilder
+from cradle_pyro.inference.pair import PairBuilder, standard_pair
 from cradle_pyro.inference.train import fit
 from cradle_pyro.model.cradle import Cradle
 from cradle_pyro.model.guides import CradleGuide
 from cradle_pyro.queries.effects import effect_draws, generated_effects
-from cradle_pyro.queries.interventions import do
+from cradle_pyro.queries.interventions import do, label_design
 from cradle_pyro.queries.worlds import intervene
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch, Schema, Statistics
@@ -45,10 +45,12 @@ if TYPE_CHECKING:
 __all__ = [
     "CANDIDATES",
     "KINDS",
+    "PAIRS",
     "PEERS",
     "FittedModel",
     "Trained",
     "conditional_pair",
+    "even_start_pair",
     "make_predictor",
     "with_flags",
 ]
@@ -80,7 +82,7 @@ PEERS: Final[dict[str, tuple[str, ...]]] = {
     "sams_vae": (*_PLAIN, "model.combine=sum", "model.mask_probability=0.01"),
     "sams_vae_mean_field": (*_PLAIN, "model.combine=sum", "guide.family=mean_field"),
     # As Baek et al. describe it: one flag, library held, partners; mistakes corrected.
-    "cradle_published": (
+    "published_cradle": (
         *_PLAIN,
         "objective.counterfactual=partner",
         "objective.beta=0.5",
@@ -107,7 +109,7 @@ _RATES: Final = (
 )
 CANDIDATES: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     **dict.fromkeys(
-        ("conditional_vae", "cpa_vae", "sams_vae", "sams_vae_mean_field", "cradle_published"),
+        ("conditional_vae", "cpa_vae", "sams_vae", "sams_vae_mean_field", "published_cradle"),
         _RATES,
     ),
     "cradle": (
@@ -119,7 +121,7 @@ CANDIDATES: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
 }
 """Settings of each kind to choose from on validation cells: the same number for all."""
 
-_FLAGS: Final[dict[str, Flags]] = {"cradle": "each", "cradle_published": "any"}
+_FLAGS: Final[dict[str, Flags]] = {"cradle": "each", "published_cradle": "any"}
 
 
 class ConditionalVAE(Cradle):
@@ -152,6 +154,20 @@ def conditional_pair(
     """Return a conditional VAE and its guide, for ``fit(pair=)``."""
     model = ConditionalVAE(schema, config, statistics)
     return model, ConditionalGuide(model, config, statistics)
+
+
+def even_start_pair(
+    schema: Schema, config: Config, statistics: Statistics
+) -> tuple[Cradle, CradleGuide]:
+    """Return the standard pair, every mask's guide starting at one half instead of at the prior.
+
+    Where the masks are the only way to an effect and start closed, hardly any gradient reaches the
+    effects, and masks stay closed. Model and guide family are as configured.
+    """
+    model, guide = standard_pair(schema, config, statistics)
+    if guide.mask_logits is not None:
+        nn.init.zeros_(guide.mask_logits)
+    return model, guide
 
 
 def with_flags(data: CellData, flags: Flags) -> CellData:
@@ -193,7 +209,14 @@ class Trained:
     flags: Flags = "each"
 
     def fit(self, data: CellData) -> FittedModel:
-        """Return the posterior of the training cells; validation cells stop early."""
+        """Return the posterior of the training cells; validation cells stop early.
+
+        Test cells are dropped before anything is read. Without a split all cells are training
+        cells, and training ends with the last epoch.
+        """
+        if data.split is None:
+            data = data.with_split(np.full(data.n_cells, "train"))
+        data = data.subset(np.asarray(data.split) != "test")
         flags: Flags = self.flags
         if self.cells == "passing":
             data, flags = data.subset(data.passing), "none"
@@ -227,8 +250,14 @@ class FittedModel:
     def predict(self, labels: Sequence[str], depth: Depth | None = None) -> np.ndarray:
         """Return the posterior mean of each label's direct effect, shape (labels, genes), log2.
 
-        With `depth`, of counts generated at these libraries. Draws, cells and seed are those of
-        the configuration's ``evaluation``.
+        With `depth`, of counts generated at these libraries; the control has no effect here
+        either, although generated counts of two groups of controls differ. Draws, cells and seed
+        are those of the configuration's ``evaluation``.
+
+        Raises
+        ------
+        QueryError
+            When a label names a perturbation that the screen does not know.
         """
         if not len(labels):
             return np.zeros((0, self.posterior.schema.n_genes))
@@ -238,10 +267,12 @@ class FittedModel:
                 self.posterior, list(labels),
                 draws=options.draws, n_cells=options.n_controls, seed=options.seed,
             ).mean(0)  # fmt: skip
-        return generated_effects(
+        changes = [bool(label_design(self.posterior.schema, label).any()) for label in labels]
+        effects = generated_effects(
             self.posterior, list(labels), *depth,
             draws=options.draws, n_cells=options.n_controls, seed=options.seed,
         )  # fmt: skip
+        return np.where(np.array(changes)[:, None], effects, 0.0)
 
     def generate(self, labels: Sequence[str], library: np.ndarray, *, seed: int = 0) -> np.ndarray:
         """Return counts of new cells without artifact, over abducted controls: (cells, genes)."""
@@ -261,6 +292,14 @@ class FittedModel:
         with seeded(seed), torch.no_grad():
             return self.posterior.model.likelihood(torch.as_tensor(rate), depth).sample().numpy()
 
+
+PAIRS: Final[dict[str, PairBuilder]] = {
+    "conditional_vae": conditional_pair,
+    "sams_vae": even_start_pair,
+    "sams_vae_mean_field": even_start_pair,
+    "published_cradle": even_start_pair,
+}
+"""Kind to what builds its pair; the standard one for others. ``load`` needs it for a saved run."""
 
 _SIMPLE: Final[dict[str, Callable[..., Predictor]]] = {
     "no_change": NoChange,
@@ -312,6 +351,5 @@ def make_predictor(
     if kind in _SIMPLE:
         grouping = config.evaluation.grouping
         return _SIMPLE[kind](cells=cells or "passing", grouping=grouping, name=name or kind)
-    pair = conditional_pair if kind == "conditional_vae" else None
     flags = _FLAGS.get(kind, "none")
-    return Trained(name or kind, config, pair, cells or "all", flags)
+    return Trained(name or kind, config, PAIRS.get(kind), cells or "all", flags)

@@ -32,7 +32,7 @@ __all__ = [
     "view_of",
 ]
 
-_SPLIT = "cradle_benchmark_split"
+_SPLIT = "benchmark_split"
 _ANNOTATION = ("cradle_qc", "cradle_artifact")
 _LEARNED_FROM = ("train", "val")
 
