@@ -7,6 +7,8 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
+from pyro import poutine
 from scipy import sparse
 
 import cradle_pyro as cp
@@ -98,9 +100,11 @@ def test_test_cells_are_not_learned_from(kind: str) -> None:
     counts[np.asarray(data.split) == "test"] = 999.0
     spoilt = replace(data, counts=sparse.csr_array(counts))
     labels = list(data.schema.perturbations)
-    np.testing.assert_array_equal(
-        predictor_of(kind).fit(spoilt).predict(labels), fitted_of(kind).predict(labels)
-    )
+    found, other = fitted_of(kind), predictor_of(kind).fit(spoilt)
+    np.testing.assert_array_equal(other.predict(labels), found.predict(labels))
+    if isinstance(found, FittedModel) and isinstance(other, FittedModel):
+        assert not found.posterior.labels["test"].any()
+        assert found.posterior.facts == other.posterior.facts
 
 
 def test_failing_cells_are_discarded_with_their_flags() -> None:
@@ -167,6 +171,22 @@ def test_peers_have_the_latents_that_their_papers_give_them(
     } - {"loss", "counts", "counterfactual", "prior"}
     assert latents == sites
     assert fitted.posterior.schema.n_artifacts == flags
+
+
+def test_a_conditional_vae_has_the_design_in_decoder_and_encoder() -> None:
+    fitted = fitted_of("conditional_vae")
+    assert isinstance(fitted, FittedModel)
+    posterior = fitted.posterior
+    first, second = fitted.predict(list(posterior.schema.perturbations[:2]))
+    assert first.any()
+    assert not np.allclose(first, second)
+    cells = fitted.see(make_data()).batch(np.arange(5))
+    other = cells.replace(perturbation=1 - cells.perturbation)
+    loc, changed = (
+        poutine.trace(posterior.guide).get_trace(batch).nodes["z_basal"]["fn"].mean
+        for batch in (cells, other)
+    )
+    assert not torch.allclose(loc, changed)
 
 
 def mask_shares(kind: str, *settings: str) -> np.ndarray:
