@@ -16,17 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse, special, stats
+from scipy import special, stats
 
 from cradle_pyro.baselines.predictor import Depth
 from cradle_pyro.baselines.simple import Cells, training_cells
+from cradle_pyro.data.encode import combination_labels
 from cradle_pyro.data.groups import SCALE, log2_fraction
-from cradle_pyro.data.regression import (
-    INTERCEPT_SD,
-    fit_negative_binomial,
-    nuisance_columns,
-    sparse_effects,
-)
+from cradle_pyro.data.regression import combinations_of, nuisance_columns, regress
 from cradle_pyro.errors import DataError
 from cradle_pyro.queries.interventions import label_design
 
@@ -177,50 +173,27 @@ class NegativeBinomialGLM:
                 f"effects need control cells ({schema.control!r}), found none among "
                 f"{train.n_cells} training cells."
             )
-        nuisance = nuisance_columns(train, flags=self.cells == "all")
-        combinations = _combinations(train, self.interaction_cells)
-        kinds = np.repeat([0, 1], [schema.n_perturbations, len(combinations)])
-        design = sparse.csr_array(
-            sparse.hstack(
-                [
-                    sparse.csr_array(nuisance),
-                    sparse.csr_array(train.perturbation, dtype=np.float64),
-                    sparse.csr_array(train.labels[:, None] == np.array(combinations, dtype=str))
-                    if combinations
-                    else sparse.csr_array((train.n_cells, 0)),
-                ]
-            )
-        )
-        sd = np.full(design.shape[1], self.effect_sd)
-        sd[0] = INTERCEPT_SD
-        expansion = fit_negative_binomial(train, design, sd)
-        found = sparse_effects(
-            expansion, sd, kinds,
-            n_nuisance=nuisance.shape[1],
+        members = combinations_of(train, self.interaction_cells)
+        found, expansion = regress(
+            train, members,
+            flags=self.cells == "all",
+            effect_sd=self.effect_sd,
             pseudo_entries=self.pseudo_entries,
             n_sweeps=self.n_sweeps,
         )  # fmt: skip
-        # Of the control cells' nuisance columns, flags are set to zero: they come last.
-        levels = nuisance[is_control][:, : 1 + schema.n_covariate_levels]
+        # Control cells are taken without flags, whose columns come last.
+        levels = nuisance_columns(train.subset(is_control), flags=False)
         kinds_of_control, counts = np.unique(levels, axis=0, return_counts=True)
+        names = combination_labels(members, schema).tolist()
         return FittedGLM(
             self.name,
             schema,
             baseline=kinds_of_control @ found.nuisance[: levels.shape[1]],
             share=counts / counts.sum(),
             effects=found.mean[: schema.n_perturbations],
-            interactions=dict(zip(combinations, found.mean[schema.n_perturbations :], strict=True)),
+            interactions=dict(zip(names, found.mean[schema.n_perturbations :], strict=True)),
             inverse_dispersion=expansion.inverse_dispersion,
         )
-
-
-def _combinations(cells: CellData, least: int | None) -> list[str]:
-    """Return labels of several perturbations that have enough cells."""
-    if least is None:
-        return []
-    several = np.asarray((cells.perturbation > 0).sum(axis=1)).ravel() > 1
-    names, counts = np.unique(cells.labels[several].astype(str), return_counts=True)
-    return [str(name) for name in names[counts >= least]]
 
 
 def mean_log2_expression(

@@ -163,9 +163,7 @@ def even_start_pair(
     """Return the standard pair, every mask's guide starting at one half instead of at the prior.
 
     Where the masks are the only way to an effect and start closed, hardly any gradient reaches the
-    effects, and masks stay closed: SAMS-VAE then learned nothing in 30 epochs of the simulated
-    screen (correlation with the true effects 0.05; 0.78 from one half, at an effect learning rate
-    of 1e-2). Model and guide family are as configured.
+    effects, and masks stay closed. Model and guide family are as configured.
     """
     model, guide = standard_pair(schema, config, statistics)
     if guide.mask_logits is not None:

@@ -23,13 +23,16 @@ from scipy import sparse
 
 from cradle_pyro.baselines.predictor import Depth
 from cradle_pyro.baselines.simple import (
+    FUNCTIONALS,
     Cells,
     ControlCells,
-    FittedEffects,
     control_cells,
+    counts_around,
+    raw_effects,
     training_cells,
+    training_moments,
 )
-from cradle_pyro.data.groups import SCALE, Functional, Grouping, cell_groups, group_moments
+from cradle_pyro.data.groups import SCALE, Functional, Grouping
 from cradle_pyro.errors import DataError
 from cradle_pyro.queries.interventions import label_design
 
@@ -91,22 +94,8 @@ class FittedLinear:
         return np.where(design.any(axis=1, keepdims=True), effects, 0.0)
 
     def generate(self, labels: Sequence[str], library: np.ndarray, *, seed: int = 0) -> np.ndarray:
-        """Return negative binomial counts around each label's profile, shape (cells, genes).
-
-        As `FittedEffects.generate`, which see.
-        """
-        names = sorted({str(label) for label in labels})
-        parts = {name: self.schema.delimiter.join(sorted(set(self._parts(name)))) for name in names}
-        table = dict(zip(parts.values(), self.predict(names), strict=True))
-        zeros = np.zeros(self.schema.n_genes)
-        effects = FittedEffects(
-            self.name, self.schema, {"log_mean": table}, {"log_mean": zeros}, self.control
-        )
-        return effects.generate(labels, library, seed=seed)
-
-    def _parts(self, label: str) -> list[str]:
-        parts = (part.strip() for part in label.split(self.schema.delimiter))
-        return [part for part in parts if part != self.schema.control]
+        """Return negative binomial counts around each label's profile, shape (cells, genes)."""
+        return counts_around(self.control, self.predict, labels, library, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -154,35 +143,30 @@ class LinearRegression:
         DataError
             When there is no control cell, or no perturbed one.
         """
-        if self.cells not in ("all", "passing"):
-            raise DataError(f"cells must be 'all' or 'passing', found {self.cells!r}.")
-        train = training_cells(data)
-        schema = train.schema
-        only_passing = self.cells == "passing"
-        groups = cell_groups(train, self.grouping, min_cells=self.min_cells, passing=only_passing)
-        moments = group_moments(train.counts, train.library, groups, values=train.values)
+        moments = training_moments(data, self.cells, self.grouping, self.min_cells)
+        train, schema = training_cells(data), data.schema
+        effects = {f: raw_effects(moments, schema.control, f) for f in FUNCTIONALS}
         labels = [label for label in moments.labels if label != schema.control]
         if not labels:
             raise DataError("A linear map needs training cells of perturbations, found none.")
         design = np.stack([label_design(schema, label).numpy() for label in labels])
         axes = gene_embedding(
-            train.subset(train.passing) if only_passing else train,
+            train.subset(train.passing) if self.cells == "passing" else train,
             max(self.n_components),
             most_cells=self.most_cells,
         )
         sizes = sorted({min(size, axes.shape[1]) for size in self.n_components})
-        rows = [moments.row(label) for label in labels]
         # Both functionals share the inputs, so that one embedding serves both.
         inputs = {size: perturbation_embedding(schema, axes[:, :size]) for size in sizes}
-        functionals: tuple[Functional, ...] = ("log_mean", "mean_log")
-        effects = {
-            f: moments.value(f)[rows] - moments.value(f)[moments.row(schema.control)]
-            for f in functionals
-        }
         found = {
             size: {
-                f: _ridge(design @ inputs[size], effects[f], axes[:, :size], self.penalties)
-                for f in functionals
+                f: _ridge(
+                    design @ inputs[size],
+                    np.stack(list(table.values())),
+                    axes[:, :size],
+                    self.penalties,
+                )
+                for f, table in effects.items()
             }
             for size in sizes
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cradle_pyro.types import Schema
 
 __all__ = [
+    "FUNCTIONALS",
     "Additive",
     "ControlCells",
     "EffectNoise",
@@ -35,14 +36,17 @@ __all__ = [
     "NoChange",
     "TrainingMean",
     "control_cells",
+    "counts_around",
     "default_baselines",
     "effect_standard_errors",
+    "raw_effects",
     "training_cells",
+    "training_moments",
 ]
 
 Cells = Literal["all", "passing"]
 _Table: TypeAlias = tuple[dict[str, np.ndarray], np.ndarray]
-_FUNCTIONALS: tuple[Functional, ...] = ("log_mean", "mean_log")
+FUNCTIONALS: tuple[Functional, ...] = ("log_mean", "mean_log")
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,7 @@ class FittedEffects:
 
     def generate(self, labels: Sequence[str], library: np.ndarray, *, seed: int = 0) -> np.ndarray:
         """Return negative binomial counts around each label's profile, shape (cells, genes)."""
-        names, inverse = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
-        own = log2_fraction(self.control.rate) + self.predict(names.tolist())
-        mean = np.maximum((2.0**own - 1.0) / SCALE, 0.0)[inverse] * np.asarray(library)[:, None]
-        rng = np.random.default_rng(seed)
-        shape = 1.0 / np.maximum(self.control.dispersion, 1e-6)
-        return rng.poisson(mean * rng.gamma(shape, 1.0 / shape, mean.shape)).astype(np.float32)
+        return counts_around(self.control, self.predict, labels, library, seed=seed)
 
     def _parts(self, label: str) -> list[str]:
         if label == self.schema.control:
@@ -164,20 +163,15 @@ class _Means:
 
     def fit(self, data: CellData) -> FittedEffects:
         """Return the effects of every training label."""
-        if self.cells not in ("all", "passing"):
-            raise DataError(f"cells must be 'all' or 'passing', found {self.cells!r}.")
-        train = training_cells(data)
-        groups = cell_groups(
-            train, self.grouping, min_cells=self.min_cells, passing=self.cells == "passing"
-        )
-        moments = group_moments(train.counts, train.library, groups, values=train.values)
-        found = {f: self._effects(moments, train.schema.control, f) for f in _FUNCTIONALS}
+        schema = data.schema
+        moments = training_moments(data, self.cells, self.grouping, self.min_cells)
+        found = {f: self._effects(moments, schema.control, f) for f in FUNCTIONALS}
         return FittedEffects(
             self.name,
-            train.schema,
+            schema,
             effects={f: table for f, (table, _) in found.items()},
             fallback={f: fallback for f, (_, fallback) in found.items()},
-            control=control_cells(moments, train.schema.control),
+            control=control_cells(moments, schema.control),
             combine_seen=self._combine_seen,
         )
 
@@ -185,7 +179,7 @@ class _Means:
 
     def _effects(self, moments: GroupMoments, control: str, functional: Functional) -> _Table:
         """Return effects by label, and that of a label of which nothing is known."""
-        return _raw_effects(moments, control, functional), np.zeros(moments.fraction.shape[1])
+        return raw_effects(moments, control, functional), np.zeros(moments.fraction.shape[1])
 
 
 @dataclass(frozen=True)
@@ -297,7 +291,7 @@ class EmpiricalBayes(_Means):
         self, moments: GroupMoments, control: str, functional: Functional = "log_mean"
     ) -> Shrunken:
         """Return the posterior of all labels' effects, in the order of the groups less control."""
-        effects = np.stack(list(_raw_effects(moments, control, functional).values()))
+        effects = np.stack(list(raw_effects(moments, control, functional).values()))
         estimate = np.zeros_like(effects)
         for _ in range(self.n_refinements + 1):
             noise = effect_standard_errors(
@@ -374,19 +368,64 @@ def training_cells(data: CellData) -> CellData:
     return data if data.split is None else data.where(split="train")
 
 
-def control_cells(moments: GroupMoments, control: str) -> ControlCells:
-    """Return the controls' profile and each gene's overdispersion, pooled over groups."""
-    return ControlCells(moments.fraction[moments.row(control)], _dispersion(moments))
+def training_moments(
+    data: CellData, cells: Cells, grouping: Grouping, min_cells: int
+) -> GroupMoments:
+    """Return the moments of the training cells' groups; arguments as in `TrainingMean`.
+
+    Raises
+    ------
+    DataError
+        When an option is unknown, or there is no control cell.
+    """
+    if cells not in ("all", "passing"):
+        raise DataError(f"cells must be 'all' or 'passing', found {cells!r}.")
+    train = training_cells(data)
+    groups = cell_groups(train, grouping, min_cells=min_cells, passing=cells == "passing")
+    return group_moments(train.counts, train.library, groups, values=train.values)
 
 
-def _raw_effects(
+def counts_around(
+    control: ControlCells,
+    predict: Callable[[Sequence[str]], np.ndarray],
+    labels: Sequence[str],
+    library: np.ndarray,
+    *,
+    seed: int,
+) -> np.ndarray:
+    """Return negative binomial counts around each label's expected profile, (cells, genes).
+
+    Parameters
+    ----------
+    control
+        Profile to which effects are added, and dispersion.
+    predict
+        Returns the effects of labels on expected profiles, as `FittedPredictor.predict`.
+    labels, library, seed
+        As in `GenerativePredictor.generate`.
+    """
+    names, inverse = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+    own = log2_fraction(control.rate) + predict(names.tolist())
+    mean = np.maximum((2.0**own - 1.0) / SCALE, 0.0)[inverse] * np.asarray(library)[:, None]
+    rng = np.random.default_rng(seed)
+    shape = 1.0 / np.maximum(control.dispersion, 1e-6)
+    return rng.poisson(mean * rng.gamma(shape, 1.0 / shape, mean.shape)).astype(np.float32)
+
+
+def raw_effects(
     moments: GroupMoments, control: str, functional: Functional
 ) -> dict[str, np.ndarray]:
+    """Return the difference of each group's functional and the control's, by label."""
     value = moments.value(functional)
     against = value[moments.row(control)]
     return {
         label: value[row] - against for row, label in enumerate(moments.labels) if label != control
     }
+
+
+def control_cells(moments: GroupMoments, control: str) -> ControlCells:
+    """Return the controls' profile and each gene's overdispersion, pooled over groups."""
+    return ControlCells(moments.fraction[moments.row(control)], _dispersion(moments))
 
 
 def _errors_log_mean(

@@ -196,6 +196,11 @@ def encode_labels(
     return Design(tuple(names), sp.csr_array(table[codes]), label_is_known[codes], tuple(unknown))
 
 
+def combination_labels(members: np.ndarray, schema: Schema) -> np.ndarray:
+    """Return the canonical labels of combinations, from their members (0 or 1), one row each."""
+    return design_labels(sp.csr_array(members), schema.perturbations, schema.delimiter)
+
+
 def design_labels(
     matrix: sp.csr_array, names: Sequence[str], delimiter: str = "+", control: str = "control"
 ) -> np.ndarray:

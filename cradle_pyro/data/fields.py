@@ -34,6 +34,7 @@ __all__ = [
     "take_rows",
     "warn_silent_genes",
     "write_h5ad_atomic",
+    "write_text_atomic",
 ]
 
 MOST_EXACT_COUNT = 2**24
@@ -167,6 +168,26 @@ def check_target(path: str | os.PathLike[str]) -> None:
         raise DataError(f"{str(path)!r} is a directory; give the name of a file.")
     if not os.access(path.parent, os.W_OK):
         raise DataError(f"{str(path)!r} cannot be written: permission denied.")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a file so that it is either there as a whole or as it was before.
+
+    Raises
+    ------
+    DataError
+        If it cannot be written.
+    """
+    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging.write_text(text, encoding="utf-8")
+        os.replace(staging, path)
+    except OSError as error:
+        raise DataError(f"Could not write '{path}': {error}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
 
 
 def write_h5ad_atomic(

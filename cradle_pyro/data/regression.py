@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy import sparse, special
 
+from cradle_pyro.data.encode import combination_labels
+
 if TYPE_CHECKING:
     from cradle_pyro.data.dataset import CellData
 
@@ -32,9 +34,11 @@ __all__ = [
     "INTERCEPT_SD",
     "Quadratic",
     "SparseEffects",
+    "combinations_of",
     "default_slab_sds",
     "fit_negative_binomial",
     "nuisance_columns",
+    "regress",
     "sparse_effects",
 ]
 
@@ -247,8 +251,9 @@ def _inverse_dispersion(
     positive, at = counts[cell, gene], mean[cell, gene]
     n_genes = counts.shape[1]
     # Polygamma functions are slow: once for each different count of a gene.
-    different, times = np.unique(np.stack([gene, positive]), axis=1, return_counts=True)
-    of_gene, value = different[0].astype(np.int64), different[1]
+    most = int(positive.max(initial=0.0)) + 1
+    codes, times = np.unique(gene * most + positive.astype(np.int64), return_counts=True)
+    of_gene, value = np.divmod(codes, most)
 
     def total(order: int, theta: np.ndarray) -> np.ndarray:
         own = theta[of_gene]
@@ -414,3 +419,70 @@ def nuisance_columns(cells: CellData, *, flags: bool) -> np.ndarray:
     if flags:
         parts.append(cells.artifact.astype(np.float64))
     return np.hstack(parts)
+
+
+def combinations_of(cells: CellData, least: int | None) -> np.ndarray:
+    """Return the members of each label of several perturbations that has enough cells.
+
+    Parameters
+    ----------
+    cells
+        Cells.
+    least
+        Fewest cells of a label; None: no combination is named.
+
+    Returns
+    -------
+    numpy.ndarray
+        0 or 1, shape (combinations, perturbations), sorted by label.
+    """
+    design = sparse.csr_array(cells.perturbation) > 0
+    carried = np.asarray(design.sum(1)).ravel()
+    _, first, counts = np.unique(cells.labels, return_index=True, return_counts=True)
+    kept = (carried[first] > 1) & (counts >= (least or np.inf))
+    return design[first[kept]].toarray()
+
+
+def regress(
+    cells: CellData,
+    members: np.ndarray,
+    *,
+    flags: bool = False,
+    effect_sd: float = 1.0,
+    pseudo_entries: float = 10.0,
+    n_sweeps: int = 50,
+) -> tuple[SparseEffects, Quadratic]:
+    """Return the effects of perturbations, then of combinations, and the expansion behind them.
+
+    Parameters
+    ----------
+    cells
+        Cells with raw counts, controls among them.
+    members
+        Members of the combinations that have an effect of their own, see `combinations_of`. They
+        share pooled weights among themselves.
+    flags
+        Have an effect of each artifact flag, too.
+    effect_sd
+        Standard deviation of the weak Normal prior under which the likelihood is expanded, nats.
+    pseudo_entries, n_sweeps
+        As in `sparse_effects`.
+    """
+    nuisance = nuisance_columns(cells, flags=flags)
+    exact = cells.labels[:, None] == combination_labels(members, cells.schema)
+    parts = (nuisance, cells.perturbation, exact)
+    design = sparse.csr_array(
+        sparse.hstack([sparse.csr_array(part, dtype=np.float64) for part in parts])
+    )
+    sd = np.full(design.shape[1], effect_sd)
+    sd[0] = INTERCEPT_SD
+    expansion = fit_negative_binomial(cells, design, sd)
+    found = sparse_effects(
+        expansion,
+        sd,
+        np.repeat([0, 1], [cells.schema.n_perturbations, len(members)]),
+        n_nuisance=nuisance.shape[1],
+        pseudo_entries=pseudo_entries,
+        n_sweeps=n_sweeps,
+    )
+    return found, expansion

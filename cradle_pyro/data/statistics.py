@@ -7,12 +7,8 @@ import scipy.sparse as sp
 import torch
 
 from cradle_pyro.data.dataset import CellData
-from cradle_pyro.data.regression import (
-    INTERCEPT_SD,
-    fit_negative_binomial,
-    nuisance_columns,
-    sparse_effects,
-)
+from cradle_pyro.data.encode import combination_labels
+from cradle_pyro.data.regression import combinations_of, regress
 from cradle_pyro.errors import DataError
 from cradle_pyro.types import EffectStart, Statistics
 
@@ -79,7 +75,7 @@ def training_statistics(train: CellData, *, interaction_cells: int | None = None
         log_library_sd=_tensor(max(log_library.std(), 1e-2)),
         artifact_share=_tensor((train.artifact > 0).mean(0)),
         failing_share=_tensor(train.failing.mean()),
-        combinations=_tensor(_combinations(train, interaction_cells)),
+        combinations=_tensor(combinations_of(train, interaction_cells)),
     )
 
 
@@ -162,38 +158,12 @@ def regression_effects(train: CellData, statistics: Statistics) -> EffectStart:
     too_large = n_columns > _MOST_COLUMNS or passing.n_cells * train.schema.n_genes > _MOST_ENTRIES
     if train.values == "lognorm" or not has_controls or too_large:
         return raw_effects(train, statistics)
-    nuisance = nuisance_columns(passing, flags=False)
-    exact = [
-        ((passing.perturbation > 0) @ row == row.sum())
-        & (np.asarray((passing.perturbation > 0).sum(1)).ravel() == row.sum())
-        for row in members
-    ]
-    parts = [nuisance, passing.perturbation, *(column[:, None] for column in exact)]
-    design = sp.csr_array(sp.hstack([sp.csr_array(part, dtype=np.float64) for part in parts]))
-    sd = np.ones(design.shape[1])
-    sd[0] = INTERCEPT_SD
-    found = sparse_effects(
-        fit_negative_binomial(passing, design, sd),
-        sd,
-        np.repeat([0, 1], [train.schema.n_perturbations, len(members)]),
-        n_nuisance=nuisance.shape[1],
-        pseudo_entries=10.0,
-        n_sweeps=50,
-    )
+    found, _ = regress(passing, members)
     known = found.error < _LARGEST_ERROR
     return EffectStart(
         _tensor(np.where(known, found.observed, 0.0)),
         _tensor(np.where(known, found.error, _LARGEST_ERROR)),
     )
-
-
-def _combinations(train: CellData, least: int | None) -> np.ndarray:
-    """Return the members of each label of several perturbations with enough cells."""
-    design = sp.csr_array(train.perturbation) > 0
-    carried = np.asarray(design.sum(1)).ravel()
-    _, first, counts = np.unique(train.labels, return_index=True, return_counts=True)
-    kept = (carried[first] > 1) & (counts >= (least or np.inf))
-    return design[first[kept]].toarray()
 
 
 def _groups(train: CellData, combinations: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -206,8 +176,8 @@ def _groups(train: CellData, combinations: np.ndarray) -> tuple[list[np.ndarray]
         rows = design.indices[design.indptr[column] : design.indptr[column + 1]]
         alone = rows[(carried[rows] == 1) & passing[rows]]
         members.append(alone if len(alone) else rows)
-    for row in combinations:
-        exact = np.flatnonzero((train.perturbation @ row == row.sum()) & (carried == row.sum()))
+    for label in combination_labels(combinations, train.schema):
+        exact = np.flatnonzero(train.labels == label)
         members.append(exact[passing[exact]] if passing[exact].any() else exact)
     controls = np.flatnonzero(carried == 0)
     clean = controls[passing[controls]]

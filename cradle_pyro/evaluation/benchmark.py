@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from cradle_pyro.data.fields import write_text_atomic
 from cradle_pyro.errors import CradleError, DataError, shown
 from cradle_pyro.evaluation.comparisons import compare, normalise
 from cradle_pyro.evaluation.grid import (
+    BASELINE_KINDS,
     CEILING_KIND,
     Benchmark,
     Cell,
@@ -32,7 +34,6 @@ from cradle_pyro.evaluation.jobs import (
     ScoreTask,
     cell_digest,
     stored_digest,
-    write_text_atomic,
 )
 from cradle_pyro.evaluation.paired import Judged
 from cradle_pyro.evaluation.processes import run_tasks
@@ -42,7 +43,6 @@ from cradle_pyro.queries.progress import progress_bar
 
 __all__ = ["BenchmarkResult", "read_predictions", "run_benchmark"]
 
-_SIMPLE = ("no_change", "global_mean", "training_mean", "additive", "empirical_bayes")
 KEYS = ("screen", "split", "seed", "predictor")
 
 
@@ -111,7 +111,7 @@ def run_benchmark(
     out = Path(out)
     _prepare_folder(out)
     benchmark_text = json.dumps(benchmark.model_dump(mode="json"), indent=1)
-    choices, failed = _tuned(benchmark, out, workers, progress=progress, say=say, check=True)
+    choices, failed = _tuned(benchmark, out, workers, progress=progress, say=say)
     cells = list(benchmark.cells())
     to_run, stale = [], []
     for cell in cells:
@@ -204,7 +204,6 @@ def _tuned(
     *,
     progress: bool,
     say: Callable[[str], object],
-    check: bool,
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
     """Check the screens that have work to do, then choose settings; return choices and failures."""
     tuned = [
@@ -219,8 +218,7 @@ def _tuned(
             task = CandidateTask(benchmark, out, screen, predictor, number, settings)
             if not task.is_done():
                 tasks.append(task)
-    if check:
-        check_screens(benchmark, _places_with_work(benchmark, out, tasks), progress=progress)
+    check_screens(benchmark, _places_with_work(benchmark, out, tasks), progress=progress)
     if tasks:
         say(f"Trying {len(tasks)} candidate settings on validation cells ...")
     with progress_bar("Tuning", len(tasks), show=progress and bool(tasks)) as advance:
@@ -297,7 +295,7 @@ def _together(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Return cells in tasks: predictors that fit in a moment share a process and its screen."""
     tasks: dict[tuple[object, ...], list[Cell]] = {}
     for number, cell in enumerate(cells):
-        is_simple = cell.predictor.kind in (*_SIMPLE, CEILING_KIND)
+        is_simple = cell.predictor.kind in (*BASELINE_KINDS, CEILING_KIND)
         own = "simple" if is_simple else number
         key = (cell.screen.name, cell.split.name, cell.seed, own)
         tasks.setdefault(key, []).append(cell)
@@ -347,8 +345,3 @@ def _collect(
         text = getattr(result, name).to_csv(index=False, float_format="%.7g")
         write_text_atomic(out / f"{name}.csv", text)
     return result
-
-
-def failure_lines(failures: dict[str, str]) -> list[str]:
-    """Return one line for each cell that failed."""
-    return [f"{name}: {reason}" for name, reason in failures.items()]

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cradle_pyro.baselines.predictor import Depth, Predictor
+from cradle_pyro.baselines.learned import FittedModel
+from cradle_pyro.baselines.predictor import Predictor
 from cradle_pyro.baselines.simple import default_baselines
 from cradle_pyro.data.dataset import CellData
-from cradle_pyro.data.groups import cell_groups
 from cradle_pyro.errors import CheckpointError, DataError
 from cradle_pyro.evaluation.metrics import score_effects
 from cradle_pyro.evaluation.predictive import generated_qc, held_out_density
-from cradle_pyro.evaluation.reference import group_effects, split_half_ceiling
+from cradle_pyro.evaluation.scoring import ceiling_of, reference_blocks
 from cradle_pyro.evaluation.truth import (
     Truth,
     control_errors,
@@ -28,13 +28,11 @@ from cradle_pyro.evaluation.truth import (
     profile_errors,
 )
 from cradle_pyro.inference.posterior import Posterior
-from cradle_pyro.queries.effects import effect_draws, generated_effects
 
 __all__ = ["Evaluation", "evaluate"]
 
 MODEL = "cradle"
 CEILING = "ceiling"
-_SETS = ("seen", "held_out")
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def evaluate(
     if data.split is None or not (np.asarray(data.split) == "test").any():
         raise DataError("Evaluation needs test cells: give the data the split it was trained with.")
     train, test = data.where(split="train"), data.where(split="test")
-    tables = [_score_cells(posterior, train, test, baselines)]
+    scores = _scores(posterior, data, truth, baselines)
     options = posterior.config.evaluation
     facts: dict[str, Any] = {
         "n_train": train.n_cells,
@@ -129,7 +127,6 @@ def evaluate(
     if data.values == "counts":
         facts |= _predictive_facts(posterior, train, test)
     if truth is not None:
-        tables.append(_score_truth(posterior, train, truth, baselines))
         drawn = {"draws": options.draws, "seed": options.seed}
         facts["profiles"] = profile_errors(posterior, data, truth, **drawn)
         facts["controls"] = control_errors(posterior, data, truth, **drawn)
@@ -137,69 +134,28 @@ def evaluate(
             posterior, truth, draws=2 * options.draws, n_cells=options.n_controls,
             seed=options.seed,
         )  # fmt: skip
-    return Evaluation(pd.concat(tables, ignore_index=True), facts)
+    return Evaluation(scores, facts)
 
 
-def _score_cells(
-    posterior: Posterior, train: CellData, test: CellData, baselines: Sequence[Predictor] | None
+def _scores(
+    posterior: Posterior,
+    data: CellData,
+    truth: Truth | None,
+    baselines: Sequence[Predictor] | None,
 ) -> pd.DataFrame:
     options = posterior.config.evaluation
-    groups = cell_groups(test, options.grouping, min_cells=options.min_cells, passing=True)
-    control = groups.pop(test.schema.control)
-    if not groups:
-        raise DataError(
-            f"No perturbation has {options.min_cells} passing test cells; lower "
-            "evaluation.min_cells or enlarge the test split."
-        )
-    seen = set(cell_groups(train, options.grouping))
+    train = data.where(split="train")
     fitted = [b.fit(train) for b in baselines or default_baselines(options.grouping)]
+    predictors = [FittedModel(MODEL, posterior), *fitted]
     rows = []
-    for name in _SETS:
-        chosen = {k: v for k, v in groups.items() if (k in seen) == (name == "seen")}
-        if not chosen:
-            continue
-        libraries = [test.library[cells] for cells in chosen.values()]
-        depth = Depth(libraries, test.library[control])
-        reference = group_effects(
-            test.counts, test.library, chosen, control, functional="mean_log", values=test.values
-        )
-        estimate = generated_effects(
-            posterior,
-            list(chosen),
-            *depth,
-            draws=options.draws,
-            n_cells=options.n_controls,
-            seed=options.seed,
-        )
-        ceiling = split_half_ceiling(
-            test.counts, test.library, chosen, control, functional="mean_log", values=test.values,
-            n_repeats=options.split_half_repeats, seed=options.seed,
-        )  # fmt: skip
-        scores = {MODEL: score_effects(estimate, reference)}
-        scores |= {b.name: score_effects(b.predict(list(chosen), depth), reference) for b in fitted}
-        scores[CEILING] = ceiling.replicate
-        rows += _tidy("cells", name, scores, len(chosen))
-    return pd.DataFrame(rows)
-
-
-def _score_truth(
-    posterior: Posterior, train: CellData, truth: Truth, baselines: Sequence[Predictor] | None
-) -> pd.DataFrame:
-    options = posterior.config.evaluation
-    fitted = [b.fit(train) for b in baselines or default_baselines(options.grouping)]
-    trained = set(train.labels.tolist())
-    rows = []
-    for name in _SETS:
-        chosen = [i for i, k in enumerate(truth.labels) if (k in trained) == (name == "seen")]
-        if not chosen:
-            continue
-        labels, reference = [truth.labels[i] for i in chosen], truth.effects[chosen]
-        draws = effect_draws(
-            posterior, labels, draws=options.draws, n_cells=options.n_controls, seed=options.seed
-        )
-        scores = {MODEL: score_effects(draws.mean(0), reference)}
-        scores |= {b.name: score_effects(b.predict(labels), reference) for b in fitted}
-        rows += _tidy("truth", name, scores, len(chosen))
+    for block in reference_blocks(data, truth, options):
+        scores = {
+            one.name: score_effects(one.predict(block.names, block.depth), block.effects)
+            for one in predictors
+        }
+        if block.rows:
+            scores[CEILING] = ceiling_of(data, block, options).replicate
+        rows += _tidy(block.reference, block.labels, scores, len(block.names))
     return pd.DataFrame(rows)
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cradle_pyro.baselines.predictor import Predictor
 
 __all__ = [
+    "BASELINE_KINDS",
     "CEILING_KIND",
     "Benchmark",
     "Cell",
@@ -57,6 +58,9 @@ _BASELINES: tuple[tuple[str, str, Cells], ...] = (
     ("additive", "additive", "passing"),
     ("empirical_bayes", "empirical_bayes", "passing"),
 )
+BASELINE_KINDS = tuple(dict.fromkeys(kind for _, kind, _ in _BASELINES))
+"""Kinds of the predictors that are always there, and fit in a moment."""
+
 _LEARNED_SECTIONS = ("model", "guide", "objective", "train")
 _SCREENS = "CRADLE_SCREENS"
 

@@ -9,7 +9,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from cradle_pyro.data.fields import write_text_atomic
 from cradle_pyro.errors import CradleError, DataError
 from cradle_pyro.evaluation.grid import (
     CEILING_KIND,
@@ -43,7 +43,6 @@ __all__ = [
     "candidate_digest",
     "cell_digest",
     "stored_digest",
-    "write_text_atomic",
 ]
 
 _FORMAT = 1
@@ -344,26 +343,6 @@ def _write_cell(
         os.replace(staging, place.effects)
     write_text_atomic(place.table, rows.to_csv(index=False, float_format="%.7g"))
     place.failure.unlink(missing_ok=True)
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write a file so that it is either there as a whole or as it was before.
-
-    Raises
-    ------
-    DataError
-        If it cannot be written.
-    """
-    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging.write_text(text, encoding="utf-8")
-        os.replace(staging, path)
-    except OSError as error:
-        raise DataError(f"Could not write '{path}': {error}.") from error
-    finally:
-        with suppress(OSError):
-            staging.unlink(missing_ok=True)
 
 
 def _write_failure(path: Path, error: Exception) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
 from cradle_pyro.errors import DataError
 
@@ -151,7 +152,7 @@ def perturbation_discrimination(predicted: np.ndarray, reference: np.ndarray) ->
     n_labels = len(reference)
     if n_labels < 2:
         return np.full(n_labels, np.nan)
-    distance = np.abs(predicted[:, None, :] - reference[None, :, :]).sum(-1)
+    distance = cdist(predicted, reference, "cityblock")
     own = np.diag(distance)[:, None]
     # Rounding must not decide between labels that are alike.
     alike = np.isclose(distance, own, rtol=1e-9, atol=1e-12)

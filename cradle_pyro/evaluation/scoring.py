@@ -32,7 +32,7 @@ from cradle_pyro.evaluation.metrics import (
     score_effects,
 )
 from cradle_pyro.evaluation.predictive import generated_qc, held_out_density
-from cradle_pyro.evaluation.reference import group_effects, split_half_ceiling
+from cradle_pyro.evaluation.reference import Ceiling, group_effects, split_half_ceiling
 from cradle_pyro.evaluation.soundness import (
     FOLDS,
     composition,
@@ -57,6 +57,7 @@ __all__ = [
     "Block",
     "Prediction",
     "Score",
+    "ceiling_of",
     "density_of",
     "reference_blocks",
     "score",
@@ -226,6 +227,16 @@ def score(
     return Score(_table(rows), predictions, data.schema.genes)
 
 
+def ceiling_of(data: CellData, block: Block, options: EvaluationConfig) -> Ceiling:
+    """Return how well the test cells of a block agree with themselves."""
+    test = data.where(split="test")
+    groups = {name: block.rows[name] for name in block.names}
+    return split_half_ceiling(
+        test.counts, test.library, groups, block.rows[test.schema.control], functional="mean_log",
+        values=test.values, n_repeats=options.split_half_repeats, seed=options.seed,
+    )  # fmt: skip
+
+
 def score_ceiling(data: CellData, truth: Truth | None, options: EvaluationConfig) -> Score:
     """Return how well the references agree with themselves.
 
@@ -235,7 +246,6 @@ def score_ceiling(data: CellData, truth: Truth | None, options: EvaluationConfig
     other: a ceiling on the careful side, since halves are smaller.
     """
     test = data.where(split="test")
-    control = test.schema.control
     rows: list[tuple[Any, ...]] = []
     for block in reference_blocks(data, truth, options):
         place = (block.reference, block.labels, "")
@@ -243,11 +253,7 @@ def score_ceiling(data: CellData, truth: Truth | None, options: EvaluationConfig
         if block.reference == "truth":
             rows += _effect_rows(block, block.effects)
             continue
-        groups = {name: block.rows[name] for name in block.names}
-        ceiling = split_half_ceiling(
-            test.counts, test.library, groups, block.rows[control], functional="mean_log",
-            values=test.values, n_repeats=options.split_half_repeats, seed=options.seed,
-        )  # fmt: skip
+        ceiling = ceiling_of(data, block, options)
         rows += [(*place, name, value, n_labels) for name, value in ceiling.replicate.items()]
         rows += [
             (*place, f"{name}_noise_free", value, n_labels)

@@ -15,9 +15,9 @@ from .likelihoods import make_likelihood
 from .networks import Decoder
 from .relaxed import PresenceBernoulli, ScaleMixtureNormal, normal_expectation
 
-_FIRST_RESPONSE_LOADING = 3.0
-
 __all__ = ["Cradle", "cells_plate", "gate", "with_combinations"]
+
+_FIRST_RESPONSE_LOADING = 3.0  # steep enough to part cells that respond from cells that escape
 
 
 def cells_plate(n_cells: int, batch: Batch) -> plate:

@@ -5,23 +5,32 @@ Everything shown was computed before, see :mod:`cradle_pyro.evaluation.benchmark
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from cradle_pyro.errors import DataError
+from cradle_pyro.data.fields import write_text_atomic
 from cradle_pyro.evaluation.benchmark import BenchmarkResult
 from cradle_pyro.evaluation.comparisons import ERRORS
 from cradle_pyro.evaluation.grid import CEILING_KIND, Benchmark, GridScreen
 from cradle_pyro.reporting.benchmark_plots import plot_differences, plot_dots
-from cradle_pyro.reporting.figures import PageFigure, page_figure
+from cradle_pyro.reporting.blocks import (
+    Block,
+    Figures,
+    Findings,
+    Section,
+    Table,
+    Text,
+    Tiles,
+    Warned,
+    render_page,
+)
+from cradle_pyro.reporting.figures import page_figure
 from cradle_pyro.reporting.table import METRIC_NAMES, PART_TITLES
 
 __all__ = ["render_benchmark", "render_benchmark_text", "write_benchmark_report"]
@@ -95,64 +104,6 @@ _METHOD = (
 )
 
 
-class Text(NamedTuple):
-    """A paragraph."""
-
-    text: str
-    kind: str = "text"
-
-
-class Warned(NamedTuple):
-    """A paragraph that must not be overlooked."""
-
-    text: str
-    kind: str = "warning"
-
-
-class Findings(NamedTuple):
-    """A list of sentences."""
-
-    rows: Sequence[str]
-    kind: str = "list"
-
-
-class Tiles(NamedTuple):
-    """Name, value and note of a few numbers."""
-
-    tiles: Sequence[tuple[str, str, str]]
-    kind: str = "tiles"
-
-
-class Figures(NamedTuple):
-    """Drawings side by side."""
-
-    figures: Sequence[PageFigure]
-    kind: str = "figures"
-
-
-class Table(NamedTuple):
-    """A table whose first column names its rows; `strong` ones stand out."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    words: Sequence[str] = ()
-    strong: Sequence[str] = ()
-    kind: str = "table"
-
-
-Block = Text | Warned | Findings | Tiles | Figures | Table
-
-
-class Section(NamedTuple):
-    """A part of the page."""
-
-    id: str
-    title: str
-    blocks: Sequence[Block]
-
-
 def write_benchmark_report(benchmark: Benchmark, result: BenchmarkResult, out: str | Path) -> Path:
     """Write ``report.md`` and ``report.html`` to the directory `out`; return the page's path.
 
@@ -163,8 +114,8 @@ def write_benchmark_report(benchmark: Benchmark, result: BenchmarkResult, out: s
     """
     sections = list(_sections(benchmark, result))
     page = Path(out) / "report.html"
-    _write(page, render_benchmark(benchmark, result, sections))
-    _write(Path(out) / "report.md", render_benchmark_text(benchmark, result, sections))
+    write_text_atomic(page, render_benchmark(benchmark, result, sections))
+    write_text_atomic(Path(out) / "report.md", render_benchmark_text(benchmark, result, sections))
     return page
 
 
@@ -172,22 +123,13 @@ def render_benchmark(
     benchmark: Benchmark, result: BenchmarkResult, sections: Sequence[Section] | None = None
 ) -> str:
     """Return the page as HTML. All names are escaped, and nothing is loaded from elsewhere."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    page = environment.get_template("report.html").render(
+    return render_page(
         title=_title(benchmark),
         lead=_lead(benchmark, result),
         sections=list(_sections(benchmark, result)) if sections is None else sections,
         footer=f"Made by cradle-pyro {metadata.version('cradle-pyro')}. The page loads nothing "
         "from elsewhere and can be sent as it is.",
     )
-    return str(page)
 
 
 def render_benchmark_text(
@@ -465,18 +407,6 @@ def _costs(benchmark: Benchmark, result: BenchmarkResult) -> Section:
 
 
 # ----------------------------------------------------------------------------------------- writing
-
-
-def _write(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        staging.write_text(text, encoding="utf-8")
-        os.replace(staging, path)
-    except OSError as error:
-        raise DataError(f"Could not write '{path}': {error}.") from error
-    finally:
-        with suppress(OSError):
-            staging.unlink(missing_ok=True)
 
 
 def _as_markdown(block: Block) -> list[str]:

@@ -5,21 +5,33 @@ Everything on the page was computed before; here it is only put into words, tabl
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
 
-from cradle_pyro.errors import DataError, shown
+from cradle_pyro.data.fields import write_text_atomic
+from cradle_pyro.errors import shown
 from cradle_pyro.evaluation.evaluate import CEILING, MODEL, Evaluation
 from cradle_pyro.queries.calls import CALL_RATE
 from cradle_pyro.reporting import plots
+from cradle_pyro.reporting.blocks import (
+    Block,
+    Browser,
+    Code,
+    Figures,
+    Findings,
+    Section,
+    Table,
+    Text,
+    Tiles,
+    Warned,
+    render_page,
+)
 from cradle_pyro.reporting.figures import PageFigure, page_figure, page_figures
 from cradle_pyro.reporting.table import METRIC_NAMES, PART_TITLES, facts_of, predictor_name
 
@@ -219,65 +231,6 @@ class ReportContent:
     draws: int
 
 
-class _Text(NamedTuple):
-    text: str
-    kind: str = "text"
-
-
-class _Warning(NamedTuple):
-    text: str
-    kind: str = "warning"
-
-
-class _List(NamedTuple):
-    rows: Sequence[str]
-    kind: str = "list"
-
-
-class _Tiles(NamedTuple):
-    tiles: Sequence[tuple[str, str, str]]
-    kind: str = "tiles"
-
-
-class _Figures(NamedTuple):
-    figures: Sequence[PageFigure]
-    kind: str = "figures"
-
-
-class _Table(NamedTuple):
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str = ""
-    words: Sequence[str] = ()
-    strong: Sequence[str] = ()
-    kind: str = "table"
-
-
-class _Browser(NamedTuple):
-    title: str
-    caption: str
-    columns: Sequence[tuple[str, str, bool]]
-    data: Mapping[str, Any]
-    kind: str = "browser"
-
-
-class _Code(NamedTuple):
-    title: str
-    text: str
-    is_open: bool = False
-    kind: str = "code"
-
-
-_Block = _Text | _Warning | _List | _Tiles | _Figures | _Table | _Browser | _Code
-
-
-class _Section(NamedTuple):
-    id: str
-    title: str
-    blocks: Sequence[_Block]
-
-
 def write_report(content: ReportContent, out: str | Path) -> Path:
     """Write the page atomically and return its path.
 
@@ -287,30 +240,12 @@ def write_report(content: ReportContent, out: str | Path) -> Path:
         If it cannot be written, for example because the disk is full.
     """
     out = Path(out)
-    staging = out.with_name(f".{out.name}.{os.getpid()}.part")
-    page = render_report(content)
-    try:
-        staging.write_text(page, encoding="utf-8")
-        os.replace(staging, out)
-    except OSError as error:
-        raise DataError(f"Could not write the report '{out}': {error}.") from error
-    finally:
-        with suppress(OSError):
-            staging.unlink(missing_ok=True)
+    write_text_atomic(out, render_report(content))
     return out
 
 
 def render_report(content: ReportContent) -> str:
     """Return the page as HTML. All names are escaped, and nothing is loaded from elsewhere."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     sections = [
         _summary(content),
         _data(content),
@@ -324,7 +259,7 @@ def render_report(content: ReportContent) -> str:
         _settings(content),
     ]
     screen = content.screen
-    page = environment.get_template("report.html").render(
+    return render_page(
         title=f"Perturbation screen report: {content.name}",
         lead=f"{Path(screen.path).name}: {screen.n_cells:,} cells, {screen.n_genes:,} genes, "
         f"{_perturbation_count(content)}.",
@@ -332,13 +267,12 @@ def render_report(content: ReportContent) -> str:
         footer=f"Made from the run {content.name} by {content.maker}. The page loads nothing from "
         "elsewhere and can be sent as it is.",
     )
-    return str(page)
 
 
 # ----------------------------------------------------------------------------------- the sections
 
 
-def _summary(content: ReportContent) -> _Section:
+def _summary(content: ReportContent) -> Section:
     screen, called = content.screen, _called_and_sizeable(content.effects)
     splits = screen.splits
     tiles = [
@@ -360,12 +294,12 @@ def _summary(content: ReportContent) -> _Section:
     ]
     found.append(_confounding_finding(content))
     found += [verdict.sentence for verdict in _verdicts(content.evaluation)]
-    return _Section(
-        "summary", "Summary", [_Tiles(tiles), _List(found), *map(_Warning, _warnings(content))]
+    return Section(
+        "summary", "Summary", [Tiles(tiles), Findings(found), *map(Warned, _warnings(content))]
     )
 
 
-def _data(content: ReportContent) -> _Section:
+def _data(content: ReportContent) -> Section:
     screen = content.screen
     rows = [
         ("cells", f"{screen.n_cells:,}"),
@@ -380,17 +314,15 @@ def _data(content: ReportContent) -> _Section:
         rows.append(("cells with an artifact flag", _percent(screen.failing_share)))
     if screen.median_library is not None:
         rows.append(("median counts per cell", f"{screen.median_library:,.0f}"))
-    blocks: list[_Block] = [
-        _Text(f"The screen was read from {screen.path}."),
-        _Table("The screen in numbers", ("", "number"), rows),
+    blocks: list[Block] = [
+        Text(f"The screen was read from {screen.path}."),
+        Table("The screen in numbers", ("", "number"), rows),
     ]
     if not len(screen.flags):
         blocks.append(
-            _Text(
-                "The model was trained without artifact flags, so that no cell counts as failing."
-            )
+            Text("The model was trained without artifact flags, so that no cell counts as failing.")
         )
-        return _Section("data", "Data and quality control", blocks)
+        return Section("data", "Data and quality control", blocks)
     flags = [
         (
             str(name).replace("_", " "),
@@ -406,7 +338,7 @@ def _data(content: ReportContent) -> _Section:
             f" Flags begin {screen.thresholds.n_mads:g} median absolute deviations from the median."
         )
     blocks.append(
-        _Table(
+        Table(
             "Artifact flags",
             ("flag", "cells", "share", "given to cells with"),
             flags,
@@ -418,28 +350,28 @@ def _data(content: ReportContent) -> _Section:
         reasons = "; ".join(
             f"{flag.replace('_', ' ')} ({why})" for flag, why in screen.thresholds.left_out.items()
         )
-        blocks.append(_Text(f"Not used as flags: {reasons}."))
-    return _Section("data", "Data and quality control", blocks)
+        blocks.append(Text(f"Not used as flags: {reasons}."))
+    return Section("data", "Data and quality control", blocks)
 
 
-def _confounding(content: ReportContent) -> _Section:
+def _confounding(content: ReportContent) -> Section:
     report, name = content.confounding, "Confounding"
     if not content.screen.failing_share:
         text = (
             "No cell carries an artifact flag, so that failure cannot be confounded with anything."
         )
-        return _Section("confounding", name, [_Text(text)])
+        return Section("confounding", name, [Text(text)])
     control, others = report.iloc[0], report.iloc[1:]
     differing = others[others["differs"]]
-    blocks: list[_Block] = [
-        _Text(
+    blocks: list[Block] = [
+        Text(
             f"Of the control cells {_percent(control['failing_share'])} fail QC. "
             + _confounding_sentence(differing, len(others))
             + " Where failure follows the perturbation, comparing only the cells that pass means "
             "comparing survivors; the model asks what all cells would be without the artifact."
         )
     ]
-    blocks += [_Warning(text) for text in _overlap_warnings(report)]
+    blocks += [Warned(text) for text in _overlap_warnings(report)]
     figure = page_figure(
         "Failing share of each perturbation",
         partial(plots.confounding, report, n_most=_MOST_ROWS),
@@ -449,13 +381,13 @@ def _confounding(content: ReportContent) -> _Section:
         size=(_WIDE, _height(1 + min(len(others), _MOST_ROWS))),
         is_wide=True,
     )
-    blocks.append(_Figures([figure]))
+    blocks.append(Figures([figure]))
     if len(differing):
         blocks.append(_confounding_table(differing))
-    return _Section("confounding", name, blocks)
+    return Section("confounding", name, blocks)
 
 
-def _confounding_table(differing: pd.DataFrame) -> _Table:
+def _confounding_table(differing: pd.DataFrame) -> Table:
     rows = [
         (
             str(label),
@@ -469,7 +401,7 @@ def _confounding_table(differing: pd.DataFrame) -> _Table:
         )
         for label, row in differing.head(_MOST_LISTED).iterrows()
     ]
-    return _Table(
+    return Table(
         "Perturbations that fail more or less often than control",
         ("perturbation", "cells", "failing", "difference", "95 % interval", "adjusted p"),
         rows,
@@ -478,9 +410,9 @@ def _confounding_table(differing: pd.DataFrame) -> _Table:
     )
 
 
-def _fit(content: ReportContent) -> _Section:
+def _fit(content: ReportContent) -> Section:
     history = content.history
-    blocks: list[_Block] = []
+    blocks: list[Block] = []
     if "val_loss" in history:
         best = int(np.argmin(history["val_loss"]))
         epoch = int(history["epoch"].iloc[best])
@@ -493,8 +425,8 @@ def _fit(content: ReportContent) -> _Section:
             text += " It was the last one: longer training might still improve the fit."
     else:
         text = f"Training ran for {len(history)} epochs without validation cells."
-    blocks.append(_Text(text))
-    blocks.append(_Figures([
+    blocks.append(Text(text))
+    blocks.append(Figures([
         page_figure(
             "Loss by epoch",
             partial(plots.training_history, history),
@@ -510,13 +442,13 @@ def _fit(content: ReportContent) -> _Section:
         ),
     ]))  # fmt: skip
     blocks.append(
-        _Text(
+        Text(
             "Does the model generate cells like those it has never seen? Held-out cells are "
             "compared with cells that the fitted model generates in their place."
         )
     )
-    blocks.append(_Figures(_predictive_figures(content.criticism)))
-    return _Section("fit", "Fit", blocks)
+    blocks.append(Figures(_predictive_figures(content.criticism)))
+    return Section("fit", "Fit", blocks)
 
 
 def _predictive_figures(check: PredictiveCheck) -> list[PageFigure]:
@@ -553,11 +485,11 @@ def _predictive_figures(check: PredictiveCheck) -> list[PageFigure]:
     return figures
 
 
-def _effects(content: ReportContent) -> _Section:
+def _effects(content: ReportContent) -> Section:
     effects = content.effects
     unsupported = effects.obs_names[effects.obs["out_of_support"].to_numpy(bool)]
-    blocks: list[_Block] = [
-        _Text(
+    blocks: list[Block] = [
+        Text(
             "An effect is the average change of a gene's expression, on the scale log2(1 + 10,000 "
             "× fraction of the cell's counts), if control cells had been given the perturbation "
             "and no cell had an artifact. Intervals hold 95 % of the posterior probability, from "
@@ -565,15 +497,15 @@ def _effects(content: ReportContent) -> _Section:
             "sign is wrong; effects are called so that of the calls' signs "
             f"{_percent(CALL_RATE, 0)} are expected to be wrong."
         ),
-        _Text(_strongest_sentence(content)),
+        Text(_strongest_sentence(content)),
     ]
     if len(unsupported):
         blocks.append(
-            _Warning(f"{_unsupported_sentence(unsupported, 10)} They are marked † in the table.")
+            Warned(f"{_unsupported_sentence(unsupported, 10)} They are marked † in the table.")
         )
-    blocks.append(_Figures(_effect_figures(effects)))
+    blocks.append(Figures(_effect_figures(effects)))
     blocks.append(_effect_browser(content))
-    return _Section("effects", "Effects", blocks)
+    return Section("effects", "Effects", blocks)
 
 
 def _effect_figures(effects: AnnData) -> list[PageFigure]:
@@ -608,7 +540,7 @@ def _effect_figures(effects: AnnData) -> list[PageFigure]:
     return figures
 
 
-def _effect_browser(content: ReportContent) -> _Browser:
+def _effect_browser(content: ReportContent) -> Browser:
     """Return the searchable table: for each perturbation its largest effects, in all by size."""
     effects = content.effects
     mean, called = np.asarray(effects.X), _called(effects)
@@ -645,17 +577,17 @@ def _effect_browser(content: ReportContent) -> _Browser:
         "by its width). Effects in grey are not called; † marks perturbations that were not in the "
         f"training cells. All {effects.n_vars:,} genes: {content.commands[-2]}"
     )
-    return _Browser("Largest effects of each perturbation", caption, columns, data)
+    return Browser("Largest effects of each perturbation", caption, columns, data)
 
 
-def _cells(content: ReportContent) -> _Section:
+def _cells(content: ReportContent) -> Section:
     title, examples = "Single cells", content.examples
     if not examples:
         text = "No test cell is a control or carries a perturbation with an effect to show."
-        return _Section("cells", title, [_Text(text)])
+        return Section("cells", title, [Text(text)])
     has_flags = bool(examples[0].flags)
-    blocks: list[_Block] = [
-        _Text(
+    blocks: list[Block] = [
+        Text(
             "What would this very cell have been? Its basal state is inferred from its counts and "
             "kept; then "
             + (
@@ -666,20 +598,20 @@ def _cells(content: ReportContent) -> _Section:
             + "All values, those of the factual cell too, are what the model expects the cell to "
             "express, without the noise of counting."
         ),
-        _Figures([figure for example in examples for figure in _example_figures(example)]),
+        Figures([figure for example in examples for figure in _example_figures(example)]),
     ]
     if content.quality is None or content.embedding is None:
         why = (
             "No test cell carries an artifact flag, so that there are no cleaned cells to compare."
         )
-        return _Section("cells", title, [*blocks, _Text(why)])
+        return Section("cells", title, [*blocks, Text(why)])
     rows = [
         (str(name).replace("pct_", "% "), *(f"{v:,.0f}" if v >= 20 else f"{v:.2f}" for v in values))
         for name, values in content.quality.iterrows()
         if values.any()
     ]
     blocks.append(
-        _Table(
+        Table(
             "Failing test cells without their artifact",
             ("median of", *map(str, content.quality.columns)),
             rows,
@@ -687,8 +619,8 @@ def _cells(content: ReportContent) -> _Section:
             "should be near the third.",
         )
     )
-    blocks.append(_Figures(_embedding_figures(content.embedding)))
-    return _Section("cells", title, blocks)
+    blocks.append(Figures(_embedding_figures(content.embedding)))
+    return Section("cells", title, blocks)
 
 
 def _example_figures(example: Example) -> list[PageFigure]:
@@ -729,13 +661,13 @@ def _embedding_figures(embedding: Embedding) -> list[PageFigure]:
     )
 
 
-def _pairs(content: ReportContent) -> _Section:
+def _pairs(content: ReportContent) -> Section:
     table = content.interactions
     if table is None or not len(table):
         text = (
             "The screen has no pairs of perturbations, so that there are no interactions to show."
         )
-        return _Section("pairs", "Pairs and interactions", [_Text(text)])
+        return Section("pairs", "Pairs and interactions", [Text(text)])
     table = table.sort_values("strength", ascending=False, kind="stable")
     rows = [
         (
@@ -749,8 +681,8 @@ def _pairs(content: ReportContent) -> _Section:
     ]
     top = table.iloc[0]
     side = float(np.clip(2.4 + 0.3 * len({*table["first"], *table["second"]}), 4.0, 8.0))
-    blocks: list[_Block] = [
-        _Text(
+    blocks: list[Block] = [
+        Text(
             "An interaction is what a pair does beyond the sum of its members' effects (log2). "
             f"The strongest of {len(table)} pairs is {top['label']} ({top['strength']:.3f} root "
             f"mean square over genes, {int(top['n_called'])} genes called). The model adds "
@@ -758,7 +690,7 @@ def _pairs(content: ReportContent) -> _Section:
             "from the bounded scale: read them as what the fitted shapes imply, not as a term of "
             "the pair's own."
         ),
-        _Figures([
+        Figures([
             page_figure(
                 "Strength of interactions",
                 partial(plots.interaction_matrix, table),
@@ -768,7 +700,7 @@ def _pairs(content: ReportContent) -> _Section:
                 is_wide=True,
             )
         ]),
-        _Table(
+        Table(
             "Pairs, strongest first",
             ("pair", "strength", "genes called", "largest on", "by"),
             rows,
@@ -777,14 +709,14 @@ def _pairs(content: ReportContent) -> _Section:
             words=("largest on",),
         ),
     ]  # fmt: skip
-    return _Section("pairs", "Pairs and interactions", blocks)
+    return Section("pairs", "Pairs and interactions", blocks)
 
 
-def _evaluation(content: ReportContent) -> _Section:
+def _evaluation(content: ReportContent) -> Section:
     evaluation = content.evaluation
     table = evaluation.table(list(METRIC_NAMES))
-    blocks: list[_Block] = [
-        _Text(
+    blocks: list[Block] = [
+        Text(
             "How near do effects come to those of cells that the model never saw? ATE-ρ correlates "
             "predicted with reference effects over all genes and perturbations; Jaccard is the "
             "overlap of the genes that respond most. Beside the model stand simple baselines and "
@@ -793,10 +725,10 @@ def _evaluation(content: ReportContent) -> _Section:
         )
     ]
     for verdict in _verdicts(evaluation):
-        blocks.append((_Warning if verdict.is_beaten else _Text)(verdict.sentence))
+        blocks.append((Warned if verdict.is_beaten else Text)(verdict.sentence))
         rows = cast(pd.DataFrame, table.loc[verdict.key])
         blocks.append(
-            _Table(
+            Table(
                 verdict.title,
                 ("predictor", *METRIC_NAMES.values()),
                 [(predictor_name(name), *map(_score, values)) for name, values in rows.iterrows()],
@@ -812,9 +744,9 @@ def _evaluation(content: ReportContent) -> _Section:
         size=(_WIDE, 1.6 + 0.28 * scores["predictor"].nunique()),
         is_wide=True,
     )
-    blocks.append(_Figures([figure]))
-    blocks.append(_Table("Other measures", ("", ""), list(facts_of(evaluation))))
-    return _Section("evaluation", "Evaluation", blocks)
+    blocks.append(Figures([figure]))
+    blocks.append(Table("Other measures", ("", ""), list(facts_of(evaluation))))
+    return Section("evaluation", "Evaluation", blocks)
 
 
 def _draw_scores(scores: pd.DataFrame, *, ax: Axes) -> None:
@@ -825,7 +757,7 @@ def _draw_scores(scores: pd.DataFrame, *, ax: Axes) -> None:
     ax.set_xlabel("ATE-ρ")
 
 
-def _calibration(content: ReportContent) -> _Section:
+def _calibration(content: ReportContent) -> Section:
     figures = _calibration_figures(content.calibration)
     coverage, intervals = content.calibration.coverage, content.evaluation.facts.get("intervals")
     if coverage is None or intervals is None:
@@ -852,7 +784,7 @@ def _calibration(content: ReportContent) -> _Section:
                 "one, and hold more.",
             )
         )
-    return _Section("calibration", "Calibration", [_Text(text), _Figures(figures)])
+    return Section("calibration", "Calibration", [Text(text), Figures(figures)])
 
 
 def _calibration_figures(calibration: Calibration) -> list[PageFigure]:
@@ -884,14 +816,14 @@ def _calibration_figures(calibration: Calibration) -> list[PageFigure]:
     ]
 
 
-def _settings(content: ReportContent) -> _Section:
-    return _Section(
+def _settings(content: ReportContent) -> Section:
+    return Section(
         "settings",
         "Settings and versions",
         [
-            _Table("The run", ("", ""), list(content.facts.items()), words=("",)),
-            _Code("Make it again", "\n".join(content.commands), is_open=True),
-            _Code("Resolved configuration (config.toml of the run)", content.config.strip()),
+            Table("The run", ("", ""), list(content.facts.items()), words=("",)),
+            Code("Make it again", "\n".join(content.commands), is_open=True),
+            Code("Resolved configuration (config.toml of the run)", content.config.strip()),
         ],
     )
 

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from pyro import poutine
-from scipy import sparse
 from torch import Tensor
 from torch.distributions import constraints
 
 from cradle_pyro import sites
 from cradle_pyro.data.dataset import CellData
-from cradle_pyro.data.encode import design_labels
+from cradle_pyro.data.encode import combination_labels
 from cradle_pyro.errors import QueryError, near, shown
 from cradle_pyro.evaluation.metrics import log_mean_exp
 from cradle_pyro.evaluation.predictive import log_weight
@@ -247,7 +246,9 @@ class _Plan:
         schema, config = posterior.schema, posterior.config.model
         labels = {
             sites.PERTURBATIONS: schema.perturbations,
-            sites.COMBINATIONS: _combination_names(posterior),
+            sites.COMBINATIONS: combination_labels(
+                posterior.statistics.combinations.numpy(), schema
+            ),
             sites.ARTIFACTS: schema.artifacts,
             _GENES: schema.genes,
             _LATENTS: range(config.n_latents),
@@ -454,11 +455,6 @@ def _with_observed_flags(batch: Batch, latents: dict[str, Tensor]) -> dict[str, 
     if _UNOBSERVED not in latents:
         return latents
     return latents | {_UNOBSERVED: with_imputed_flags(batch, latents).artifact}
-
-
-def _combination_names(posterior: Posterior) -> np.ndarray:
-    schema, members = posterior.schema, posterior.statistics.combinations
-    return design_labels(sparse.csr_array(members), schema.perturbations, schema.delimiter)
 
 
 def _inclusion(node: Mapping[str, Any]) -> Tensor | None:
