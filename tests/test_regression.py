@@ -8,7 +8,12 @@ from scipy import optimize, sparse, stats
 from test_statistics import LABELS, make_cells, make_screen
 
 from cradle_pyro.data import statistics
-from cradle_pyro.data.regression import INTERCEPT_SD, fit_negative_binomial, sparse_effects
+from cradle_pyro.data.regression import (
+    INTERCEPT_SD,
+    fit_negative_binomial,
+    regress,
+    sparse_effects,
+)
 from cradle_pyro.data.statistics import raw_effects, regression_effects, training_statistics
 
 
@@ -99,18 +104,43 @@ def test_effects_estimated_together_are_nearer_to_the_truth_than_raw_ones():
     assert together < 0.8 * raw
 
 
-def test_failing_cells_are_not_used(rng):
-    data = make_screen(rng, n_cells=120)
-    of_data = training_statistics(data, interaction_cells=5)
-    alone = data.subset(data.passing)
-    np.testing.assert_array_equal(
-        regression_effects(data, of_data).loc, regression_effects(alone, of_data).loc
-    )
+def test_failing_cells_are_used_with_an_effect_of_their_flags():
+    truth = np.zeros((3, 60))
+    truth[0, :6], truth[1, 3:9] = 1.0, -1.0
+    with_flags, without = [], []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        data, labels = draw_cells(rng, truth, n=40)
+        # Half of the cells of A fail, and failing triples the last ten genes.
+        failing = (labels == "A") & (np.arange(len(labels)) % 2 == 0)
+        counts = data.rows(slice(None)).toarray()
+        counts[np.ix_(failing, np.arange(50, 60))] *= 3
+        for flags, found in ((failing, with_flags), (np.zeros_like(failing), without)):
+            cells = make_cells(counts, labels, failing=flags, library=data.library)
+            loc = regression_effects(cells, training_statistics(cells, interaction_cells=10)).loc
+            found.append(loc[0, 50:].mean())
+    # What the flag explains is not put down to the perturbation.
+    assert abs(np.mean(with_flags)) < 0.15 < 0.5 < np.mean(without)
+
+
+@pytest.mark.parametrize(("n_carriers", "count"), [(1, 1), (1, 3), (2, 5)])
+def test_a_few_counts_of_a_gene_nobody_else_has_are_no_huge_effect(n_carriers, count) -> None:
+    sizes = {"control": 2000, "A": 12, "B": 100}
+    labels = np.repeat(list(sizes), list(sizes.values()))
+    counts = np.random.default_rng(0).poisson(2.0, (len(labels), 40)).astype(float)
+    counts[:, 0] = 0
+    counts[2000 : 2000 + n_carriers, 0] = count
+    cells = make_cells(counts, labels, library=np.full(len(labels), 5000.0))
+    found, _ = regress(cells, np.zeros((0, 2)))
+    # The log ratio of fractions, half a count taken for none.
+    ratio = np.log(n_carriers * count / sizes["A"]) - np.log(0.5 / sizes["control"])
+    assert abs(found.observed[0, 0] - ratio) < 1.5
+    assert np.abs(found.mean[0]).max() < ratio + 0.5
 
 
 def test_an_effect_of_which_nothing_is_known_is_zero(rng):
     labels = np.resize(LABELS[:3], 90)
-    data = make_cells(rng.poisson(5, (90, 4)) + 1, labels, failing=labels == "B")
+    data = make_cells(rng.poisson(5, (90, 4)) + 1, labels).subset(labels != "B")
     found = regression_effects(data, training_statistics(data))
     np.testing.assert_array_equal(found.loc[1], 0)
     np.testing.assert_array_equal(found.error[1], 3)

@@ -47,6 +47,7 @@ INTERCEPT_SD = 3.0
 
 _ENTRIES_AT_A_TIME = 4_000_000
 _LARGEST_STEP = 2.0
+_QUADRATIC_STEP = 1.0
 _INVERSE_DISPERSION_RANGE = (1e-2, 1e4)
 
 
@@ -311,7 +312,7 @@ def sparse_effects(
         return SparseEffects(quadratic.nuisance(none), none, none, none)
     mean = np.zeros_like(quadratic.target)
     errors = quadratic.own**-0.5
-    slabs = default_slab_sds(quadratic.target / quadratic.own, errors, np.ones_like(errors))
+    slabs = default_slab_sds(quadratic.observed(), errors, np.ones_like(errors))
     sds = np.concatenate([[0.0], slabs])
     pooled = np.full((kinds.max() + 1, len(sds)), 1.0 / len(sds))
     weights = pooled[kinds]
@@ -320,7 +321,7 @@ def sparse_effects(
         before = mean.copy()
         for column, residual in quadratic.residuals(mean):
             mean[column], responsibility[column] = _posterior_mean(
-                residual / quadratic.own[column], errors[column], sds, weights[column]
+                quadratic.observed(column, residual), errors[column], sds, weights[column]
             )
         n_genes = mean.shape[1]
         pooled = np.stack([responsibility[kinds == kind].mean(axis=0) for kind in np.unique(kinds)])
@@ -334,7 +335,7 @@ def sparse_effects(
             break
     observed = np.empty_like(mean)
     for column, residual in quadratic.residuals(mean):
-        observed[column] = residual / quadratic.own[column]
+        observed[column] = quadratic.observed(column, residual)
     return SparseEffects(quadratic.nuisance(mean), mean, observed, errors)
 
 
@@ -359,6 +360,7 @@ class _Reduced(NamedTuple):
     cross: np.ndarray  # (genes, nuisance, effects)
     inverse: np.ndarray  # of the nuisance information, (genes, nuisance, nuisance)
     potential: np.ndarray  # (genes, nuisance)
+    expanded: np.ndarray  # where the effects are expanded, (effects, genes)
 
     @classmethod
     def of(cls, expansion: Quadratic, sd: np.ndarray, n_nuisance: int) -> _Reduced:
@@ -391,7 +393,22 @@ class _Reduced(NamedTuple):
         own = diagonal - np.einsum("gie,gie->eg", cross, explained)
         own = np.maximum(own, 1e-8 * diagonal + 1e-10)
         target = potential[n_nuisance:] - np.einsum("gi,gie->eg", own_potential, explained)
-        return cls(target, own, others, cross, inverse, own_potential)
+        expanded = expansion.coefficients[n_nuisance:]
+        return cls(target, own, others, cross, inverse, own_potential, expanded)
+
+    def observed(
+        self, column: int | slice = slice(None), residual: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return the effect that would explain a residual (the whole target if omitted) by itself.
+
+        Upwards the information grows with the mean, so that a quadratic goes much too far where
+        few counts are known: from one nat on, steps are as those of a Poisson likelihood.
+        """
+        left = self.target[column] if residual is None else residual
+        step = left / self.own[column] - self.expanded[column]
+        steps = np.maximum(step / _QUADRATIC_STEP, 1.0)
+        upwards = _QUADRATIC_STEP * (1.0 + np.log(steps))
+        return self.expanded[column] + np.where(step > _QUADRATIC_STEP, upwards, step)
 
     def residuals(self, mean: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yield each column with what is left for it to explain; `mean` may change in between."""

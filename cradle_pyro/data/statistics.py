@@ -137,32 +137,33 @@ def regression_effects(train: CellData, statistics: Statistics) -> EffectStart:
     Parameters
     ----------
     train
-        Training cells; those that pass are used.
+        Training cells; those whose flags are known are used.
     statistics
         Of the same cells.
 
     Returns
     -------
     EffectStart
-        From a negative-binomial regression on perturbations, combinations and covariates
+        From a negative-binomial regression on perturbations, combinations, covariates and flags
         (:mod:`cradle_pyro.data.regression`): what is left for each effect to explain, given the
         posterior means of all others under a sparse prior, and its error. An effect of which the
         cells say next to nothing is zero, with an error of three. `raw_effects` in its place for
-        log-normalised values, without passing cells or controls, and for screens on which a
+        log-normalised values, without controls whose flags are known, and for screens on which a
         regression would take longer than it is worth (over 300 columns, or 5e8 entries).
     """
-    passing = train.subset(train.passing)
-    members = statistics.combinations.numpy()
-    n_columns = train.schema.n_perturbations + len(members) + train.schema.n_covariate_levels + 1
-    has_controls = bool((passing.labels == train.schema.control).any())
-    too_large = n_columns > _MOST_COLUMNS or passing.n_cells * train.schema.n_genes > _MOST_ENTRIES
+    known = train.subset(train.artifact_observed)
+    schema, members = train.schema, statistics.combinations.numpy()
+    n_nuisance = schema.n_covariate_levels + schema.n_artifacts + 1
+    n_columns = schema.n_perturbations + len(members) + n_nuisance
+    has_controls = bool((known.labels == schema.control).any())
+    too_large = n_columns > _MOST_COLUMNS or known.n_cells * schema.n_genes > _MOST_ENTRIES
     if train.values == "lognorm" or not has_controls or too_large:
         return raw_effects(train, statistics)
-    found, _ = regress(passing, members)
-    known = found.error < _LARGEST_ERROR
+    found, _ = regress(known, members, flags=True)
+    told = found.error < _LARGEST_ERROR
     return EffectStart(
-        _tensor(np.where(known, found.observed, 0.0)),
-        _tensor(np.where(known, found.error, _LARGEST_ERROR)),
+        _tensor(np.where(told, found.observed, 0.0)),
+        _tensor(np.where(told, found.error, _LARGEST_ERROR)),
     )
 
 
