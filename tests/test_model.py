@@ -405,19 +405,31 @@ def test_interactions_can_be_switched_off() -> None:
 
 
 def test_loadings_of_the_basal_state_have_a_laplace_prior() -> None:
-    model, _ = make_pair(n_cells=40, model={"loading_scale": 0.5})
+    settings = {"loading_scale": 0.5, "gene_effect": {"response": False}}
+    model, _ = make_pair(n_cells=40, model=settings)
     weight = model.decoder.linear[0].weight
-    assert [p is weight for p in model.sparse_loadings()] == [True]
+    assert [p is weight for p in model.parameters_with_prior()] == [True]
     expected = torch.distributions.Laplace(0.0, 0.5).log_prob(weight).sum() / 40
     constant = torch.distributions.Laplace(0.0, 0.5).log_prob(torch.zeros(())) * weight.numel() / 40
     torch.testing.assert_close(model.log_prior(), expected - constant)
 
 
 @pytest.mark.parametrize("settings", [{"loading_scale": None}, {"linear_path": False}])
-def test_without_a_scale_or_a_linear_path_no_parameter_has_a_prior(settings) -> None:
-    model, _ = make_pair(model=settings)
-    assert not model.sparse_loadings()
+def test_without_a_scale_or_a_linear_path_loadings_have_no_prior(settings) -> None:
+    model, _ = make_pair(model=settings | {"gene_effect": {"response": False}})
+    assert not model.parameters_with_prior()
     assert model.log_prior() == 0
+
+
+def test_what_is_special_to_a_response_has_a_normal_prior() -> None:
+    model, _ = make_pair(n_cells=40, model={"loading_scale": None})
+    own = model.response_deviation
+    with torch.no_grad():
+        own.normal_()
+    assert [p is own for p in model.parameters_with_prior()] == [True]
+    standard = torch.distributions.Normal(0.0, 1.0)
+    expected = (standard.log_prob(own) - standard.log_prob(torch.zeros(()))).sum() / 40
+    torch.testing.assert_close(model.log_prior(), expected)
 
 
 def test_controls_have_no_direct_change_whatever_their_state() -> None:

@@ -17,6 +17,7 @@ from .relaxed import PresenceBernoulli, ScaleMixtureNormal, normal_expectation
 
 __all__ = ["Cradle", "cells_plate", "gate", "with_combinations"]
 
+_RESPONSE_DEVIATION_SCALE = 1.0
 _FIRST_RESPONSE_LOADING = 3.0  # steep enough to part cells that respond from cells that escape
 
 
@@ -128,7 +129,7 @@ class Cradle(nn.Module):
             loading[0] = _FIRST_RESPONSE_LOADING
             self.response_loading = nn.Parameter(loading)
             self.response_bias = nn.Parameter(torch.tensor(1.0))
-            # What a perturbation's own response adds to both, bias last; it decays, they do not.
+            # What a perturbation's own response adds to both, bias last.
             n_effects = schema.n_perturbations + len(self.combinations)
             own = torch.zeros(n_effects, config.n_latents + 1)
             self.response_deviation = nn.Parameter(own)
@@ -313,16 +314,23 @@ class Cradle(nn.Module):
     def log_prior(self) -> Tensor:
         """Return the log-density of the parameters that have a prior, in nats per training cell.
 
-        The loadings of the basal state are Laplace: most genes follow few of its directions. A
-        constant is left out.
+        The loadings of the basal state are Laplace: most genes follow few of its directions. What
+        is special to the response to one perturbation is Normal. Constants are left out.
         """
         total = self.artifact_loading.new_zeros(())
-        for loading in self.sparse_loadings():
-            total = total - loading.abs().sum()
-        return total / ((self.config.loading_scale or 1.0) * self.n_cells)
+        for loading in self._sparse_loadings():
+            total = total - loading.abs().sum() / (self.config.loading_scale or 1.0)
+        if self.has_response:
+            own = self.response_deviation / _RESPONSE_DEVIATION_SCALE
+            total = total - 0.5 * own.square().sum()
+        return total / self.n_cells
 
-    def sparse_loadings(self) -> list[nn.Parameter]:
-        """Return the parameters with a Laplace prior."""
+    def parameters_with_prior(self) -> list[nn.Parameter]:
+        """Return the parameters that `log_prior` scores, which decay no further."""
+        own = [self.response_deviation] if self.has_response else []
+        return [*self._sparse_loadings(), *own]
+
+    def _sparse_loadings(self) -> list[nn.Parameter]:
         if self.config.loading_scale is None or not len(self.decoder.linear):
             return []
         return list(self.decoder.linear[0].parameters())
