@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +24,13 @@ from cradle_pyro.data.fields import write_h5ad_atomic
 from cradle_pyro.errors import ConfigError, CradleError, DataError, TrainingError
 from cradle_pyro.evaluation import benchmark as running
 from cradle_pyro.evaluation import jobs, processes
-from cradle_pyro.evaluation.benchmark import read_predictions, run_benchmark
+from cradle_pyro.evaluation.benchmark import read_parts, run_benchmark
+from cradle_pyro.evaluation.comparisons import rank_agreement
 from cradle_pyro.evaluation.evaluate import evaluate
 from cradle_pyro.evaluation.grid import Benchmark
 from cradle_pyro.evaluation.grid_file import read_benchmark
 from cradle_pyro.evaluation.metrics import score_effects
+from cradle_pyro.evaluation.paired import EFFECT_METRICS, weighted_scores
 from cradle_pyro.evaluation.processes import run_tasks
 from cradle_pyro.evaluation.screens import build_screen
 from cradle_pyro.reporting.benchmark_page import write_benchmark_report
@@ -83,7 +86,7 @@ def run(path: Path, out: Path, *, workers: int = 0, **options):
 def done(tmp_path_factory):
     """The grid, its results and its directory, which no test may change."""
     folder = tmp_path_factory.mktemp("benchmark")
-    path = write_grid(folder, changed("diagnostics = false", "diagnostics = true"))
+    path = write_grid(folder, changed("diagnostics = false", "diagnostics = true\neffects = true"))
     return read_benchmark(path), run(path, folder / "out"), folder / "out"
 
 
@@ -296,18 +299,24 @@ def test_every_cell_has_scores_of_labels_and_effects_for_other_scorers(done):
     keys = result.scores[["split", "seed", "predictor"]].drop_duplicates()
     assert len(keys) == len(list(benchmark.cells())) == 16
     assert not result.failures
-    stored = read_predictions(benchmark, out)
-    judged = stored["simulated", "default", 0, "cradle", "truth", "held_out"]
-    assert len(judged.labels) == 1
-    assert "+" in judged.labels[0]
+    with np.load(out / "cells/simulated/default/0/cradle.effects.npz") as file:
+        labels = file["truth/held_out/labels"].tolist()
+        predicted, effects = (file[f"truth/held_out/{x}"] for x in ("predicted", "reference"))
+        assert len(file["genes"]) == effects.shape[1] == 60
+    assert len(labels) == 1
+    assert "+" in labels[0]
     here = "seed == 0 and predictor == 'cradle' and reference == 'truth' and labels == 'held_out'"
     rows = result.scores.query(f"{here} and label == ''").set_index("metric")["value"]
-    for name, value in score_effects(judged.predicted, judged.effects).items():
+    for name, value in score_effects(predicted, effects).items():
         assert rows[name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
     each = result.scores.query(f"{here} and label != ''")
-    assert set(each["label"]) == set(judged.labels)
-    with np.load(out / "cells/simulated/default/0/cradle.npz") as file:
-        assert len(file["genes"]) == judged.effects.shape[1] == 60
+    assert set(each["label"]) == set(labels)
+    # The small parts that comparisons are made of give the same scores.
+    parts = read_parts(benchmark, out)["simulated", "default", 0, "cradle", "truth", "held_out"]
+    assert parts.labels == labels
+    found = dict(zip(EFFECT_METRICS, weighted_scores(parts, np.ones((1, 1)))[0], strict=True))
+    for name in {"ate_rho", "mae", "jaccard_top20"} & set(rows.index):
+        assert found[name] == pytest.approx(rows[name], rel=1e-4, abs=1e-5), name
 
 
 def test_a_model_is_checked_beside_its_effects(done):
@@ -527,6 +536,28 @@ def test_the_command_writes_everything_and_exits_with_one_after_a_failure(
     assert "did you mean 'seeds'" in capsys.readouterr().err
 
 
+# -------------------------------------------------------------------------------- another program
+
+
+def test_a_missing_outside_program_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cell_eval", None)
+    path = write_grid(tmp_path, changed("diagnostics = false", "cell_eval = true"))
+    with pytest.raises(DataError, match=r"pip install cell-eval=="):
+        read_benchmark(path)
+
+
+def test_another_program_scores_the_same_cells(tmp_path):
+    pytest.importorskip("cell_eval", reason="cell-eval is not installed")
+    text = changed("[0, 1]", "[0]", changed("diagnostics", "cell_eval = true\ndiagnostics"))
+    result = run(write_grid(tmp_path, text), tmp_path / "out")
+    outside = result.scores.query("reference == 'cell-eval'")
+    assert {"cradle", *BASELINES} <= set(outside["predictor"])
+    assert {"pearson_delta", "mae_delta", "overlap_at_N"} <= set(outside["metric"])
+    agreement = rank_agreement(result.scores)
+    assert set(agreement["screen"]) == {"simulated"}
+    assert agreement["spearman"].between(-1, 1).all()
+
+
 # ----------------------------------------------------------------------------------------- tuning
 
 
@@ -586,6 +617,40 @@ def test_the_candidate_of_highest_density_is_used_for_all_seeds(tmp_path, worked
     worked.clear()
     run(write_grid(tmp_path, GRID + TUNED), tmp_path / "out")
     assert worked == []
+
+
+OTHER = """
+[[screens]]
+name = "fewer"
+simulate = { n_cells = 160, n_genes = 60, n_perturbations = 3, n_pairs = 3, control_share = 0.3 }
+config = "tiny.toml"
+settings = ["split.method=combinations", "PAIR"]
+tuned_on = "simulated"
+""".replace("PAIR", PAIR)
+
+
+def test_a_screen_takes_over_what_was_chosen_on_another(tmp_path):
+    text = changed("[0, 1]", "[0]", changed("[[predictors]]", OTHER + "\n[[predictors]]") + TUNED)
+    result = run(write_grid(tmp_path, text), tmp_path / "out")
+    assert result.choices["screen"].tolist() == ["simulated"]
+    chosen = result.choices["settings"].iloc[0]
+    own = re.sub(r"candidates = .*", f"settings = {json.dumps(chosen)}", text)
+    plain = run(write_grid(tmp_path, own), tmp_path / "plain")
+    pd.testing.assert_frame_equal(costless(plain.scores), costless(result.scores))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ('= "simulated"\n\n', '= "simulatd"\n\n', "no screen that is tuned itself; did you mean"),
+        ('= "simulated"\n\n', '= "fewer"\n\n', "no screen that is tuned itself"),
+        ("candidates", 'screens = ["fewer"]\ncandidates', "has candidates but is not tried on"),
+    ],
+)
+def test_choices_cannot_come_from_a_screen_without_any(tmp_path, old, new, expected) -> None:
+    text = changed("[[predictors]]", OTHER + "\n[[predictors]]") + TUNED
+    with pytest.raises(ConfigError, match=expected):
+        read_benchmark(write_grid(tmp_path, changed(old, new, text)))
 
 
 def test_candidates_that_cannot_be_trained_fail_their_cells_alone(tmp_path, failing_model):
@@ -670,14 +735,15 @@ settings = ["data.artifact=none", "objective.counterfactual=none"]
     path = write_grid(tmp_path, changed("diagnostics = false", "diagnostics = true", text))
     result = run(path, out)
     assert not result.failures
-    stored = read_predictions(read_benchmark(path), out)
+    stored = read_parts(read_benchmark(path), out)
     place = ("simulated", "default", 0)
     for name in ("flags_any", "flags_none"):
         for block in (("cells", "seen"), ("truth", "held_out")):
             ours, other = stored[*place, "cradle", *block], stored[*place, name, *block]
             assert ours.labels == other.labels
-            assert np.array_equal(ours.effects, other.effects)
-            assert not np.array_equal(ours.predicted, other.predicted)
+            # Number, sum and sum of squares of the reference; sum of the prediction.
+            assert np.array_equal(ours.moments[0][:, [0, 2, 4]], other.moments[0][:, [0, 2, 4]])
+            assert not np.array_equal(ours.moments[0][:, 1], other.moments[0][:, 1])
 
 
 # ------------------------------------------------------------------------------------------ page

@@ -15,6 +15,7 @@ from cradle_pyro.evaluation.paired import (
     Judged,
     Unit,
     effect_scores,
+    label_parts,
     paired_difference,
 )
 
@@ -184,17 +185,18 @@ def place(seed, predictor, *rest):
 
 
 def test_predictors_are_compared_on_the_seeds_that_both_finished(rng):
-    rows, predictions = [], {}
+    rows, parts = [], {}
     for seed in range(4):
         judged = make_judged(rng)
         for name, noise in (("ours", 0.1), ("other", 1.0)):
             if (seed, name) == (3, "other"):
                 continue
             predicted = judged.effects + noise * rng.normal(size=judged.effects.shape)
-            predictions[place(seed, name, "cells", "seen")] = judged._replace(predicted=predicted)
+            own = label_parts(judged._replace(predicted=predicted))
+            parts[place(seed, name, "cells", "seen")] = own
             rows.append((*place(seed, name, "cells", "seen", "", "ate_rho"), 0.0))
             rows.append((*place(seed, name, "model", "all", "", "iwelbo_test"), seed + noise))
-    found = compare(make_scores(rows), predictions, "ours", draws=100)
+    found = compare(make_scores(rows), parts, "ours", draws=100)
     assert tuple(found.columns) == COMPARISON_COLUMNS
     assert set(found["n_seeds"]) == {3}
     rho = found[found["metric"] == "ate_rho"].iloc[0]
@@ -225,12 +227,12 @@ def test_metrics_of_single_labels_are_resampled_over_labels():
 def test_predictions_for_other_labels_are_an_error(rng):
     first, second = make_judged(rng), make_judged(rng)
     rows = [(*place(0, n, "cells", "seen", "", "ate_rho"), 0.0) for n in ("ours", "other")]
-    predictions = {
-        place(0, "ours", "cells", "seen"): first,
-        place(0, "other", "cells", "seen"): second._replace(labels=list("ABCDEF")),
+    parts = {
+        place(0, "ours", "cells", "seen"): label_parts(first),
+        place(0, "other", "cells", "seen"): label_parts(second._replace(labels=list("ABCDEF"))),
     }
     with pytest.raises(DataError, match="different labels"):
-        compare(make_scores(rows), predictions, "ours")
+        compare(make_scores(rows), parts, "ours")
 
 
 def test_shares_of_the_way_to_the_ceiling():

@@ -35,13 +35,13 @@ from cradle_pyro.evaluation.jobs import (
     cell_digest,
     stored_digest,
 )
-from cradle_pyro.evaluation.paired import Judged
+from cradle_pyro.evaluation.paired import LabelParts
 from cradle_pyro.evaluation.processes import run_tasks
 from cradle_pyro.evaluation.scoring import reference_blocks
 from cradle_pyro.evaluation.screens import build_screen, check_screen, check_split
 from cradle_pyro.queries.progress import progress_bar
 
-__all__ = ["BenchmarkResult", "read_predictions", "run_benchmark"]
+__all__ = ["BenchmarkResult", "read_parts", "run_benchmark"]
 
 KEYS = ("screen", "split", "seed", "predictor")
 
@@ -130,7 +130,7 @@ def run_benchmark(
     failures: dict[str, str] = {}
     runnable = []
     for cell in to_run:
-        reason = failed.get((cell.screen.name, cell.predictor.name))
+        reason = failed.get((cell.screen.tuning, cell.predictor.name))
         if reason is None:
             runnable.append(cell)
         else:
@@ -146,25 +146,25 @@ def run_benchmark(
     return _collect(benchmark, out, choices, failures)
 
 
-def read_predictions(benchmark: Benchmark, out: str | Path) -> dict[tuple[object, ...], Judged]:
-    """Return predicted and reference effects of all cells that are done.
+def read_parts(benchmark: Benchmark, out: str | Path) -> dict[tuple[object, ...], LabelParts]:
+    """Return what the scores of effects are made of, for all cells that are done.
 
     By (screen, split, seed, predictor, reference, labels), as `compare` takes them.
     """
-    found: dict[tuple[object, ...], Judged] = {}
+    found: dict[tuple[object, ...], LabelParts] = {}
     for cell in benchmark.cells():
         place = Place(Path(out), cell)
-        if not place.effects.is_file() or not place.table.is_file():
+        if not place.parts.is_file() or not place.table.is_file():
             continue
-        with np.load(place.effects) as stored:
+        with np.load(place.parts) as stored:
             blocks = [key.removesuffix("/labels") for key in stored if key.endswith("/labels")]
             for block in blocks:
                 reference, labels = block.split("/")
                 key = (cell.screen.name, cell.split.name, cell.seed, cell.predictor.name)
-                found[(*key, reference, labels)] = Judged(
+                found[(*key, reference, labels)] = LabelParts(
                     stored[f"{block}/labels"].tolist(),
-                    stored[f"{block}/predicted"],
-                    stored[f"{block}/reference"],
+                    stored[f"{block}/moments"],
+                    stored[f"{block}/means"],
                 )
     return found
 
@@ -210,7 +210,7 @@ def _tuned(
         (screen, predictor)
         for screen in benchmark.screens
         for predictor in benchmark.predictors_of(screen)
-        if predictor.candidates
+        if predictor.candidates and screen.tuned_on is None
     ]
     tasks = []
     for screen, predictor in tuned:
@@ -267,7 +267,7 @@ def _choice(
 def _chosen(choices: pd.DataFrame, cell: Cell) -> tuple[str, ...]:
     if not cell.predictor.candidates:
         return ()
-    mine = (choices["screen"] == cell.screen.name) & (choices["predictor"] == cell.predictor.name)
+    mine = (choices["screen"] == cell.screen.tuning) & (choices["predictor"] == cell.predictor.name)
     return tuple(choices.loc[mine, "settings"].iloc[0]) if mine.any() else ()
 
 
@@ -286,7 +286,7 @@ def _places_with_work(
             continue
         stored = stored_digest(Place(out, cell).table)
         is_old = not cell.predictor.candidates and stored != cell_digest(benchmark, cell, ())
-        if stored is None or is_old or cell.screen.name in tuned:
+        if stored is None or is_old or cell.screen.tuning in tuned:
             found[key] = (cell.screen, cell.split)
     return list(found.values())
 
@@ -335,7 +335,7 @@ def _collect(
     normalised = normalise(scores)
     comparisons = compare(
         scores,
-        read_predictions(benchmark, out),
+        read_parts(benchmark, out),
         benchmark.ours,
         crossed=real,
         without=[CEILING_KIND],

@@ -11,15 +11,21 @@ from cradle_pyro.errors import DataError
 from cradle_pyro.evaluation.paired import (
     EFFECT_METRICS,
     Difference,
-    Judged,
+    LabelParts,
     Unit,
-    label_parts,
     paired_difference,
     weighted_mean,
     weighted_scores,
 )
 
-__all__ = ["COMPARISON_COLUMNS", "ERRORS", "compare", "normalise"]
+__all__ = [
+    "AGREEMENT_COLUMNS",
+    "COMPARISON_COLUMNS",
+    "ERRORS",
+    "compare",
+    "normalise",
+    "rank_agreement",
+]
 
 COMPARISON_COLUMNS = (
     "screen", "reference", "labels", "metric", "ours", "other", "mean", "sd", "ci_low", "ci_high",
@@ -29,12 +35,26 @@ COMPARISON_COLUMNS = (
 ERRORS = ("rmse", "mae", "energy_distance", "mmd")
 """Metrics of which less is better."""
 
+AGREEMENT_COLUMNS = (
+    "screen", "labels", "metric", "cell_eval", "spearman", "n_predictors", "best_here",
+    "best_there",
+)  # fmt: skip
+
+_OUTSIDE = {
+    ("cells", "ate_rho_per_perturbation"): "pearson_delta",
+    ("cells", "mae"): "mae_delta",
+    ("cells", "discrimination"): "discrimination_score_l1",
+    ("generated", "de_overlap"): "overlap_at_N",
+    ("generated", "de_direction"): "de_direction_match",
+}
+_OUTSIDE_ERRORS = ("mae_delta",)
+
 _PLACE = ["screen", "reference", "labels"]
 
 
 def compare(
     scores: pd.DataFrame,
-    predictions: Mapping[tuple[object, ...], Judged],
+    parts: Mapping[tuple[object, ...], LabelParts],
     ours: str,
     *,
     crossed: Sequence[str] = (),
@@ -49,8 +69,8 @@ def compare(
     scores
         Tidy scores with columns screen, split, seed, predictor, reference, labels, label, metric,
         value.
-    predictions
-        By (screen, split, seed, predictor, reference, labels).
+    parts
+        Of the scores of effects, by (screen, split, seed, predictor, reference, labels).
     ours
         The predictor from whose scores those of others are taken.
     crossed
@@ -61,13 +81,13 @@ def compare(
         As in `paired_difference`.
     """
     rows: list[dict[str, object]] = []
-    scores = scores[scores["reference"] != "run"]
+    scores = scores[~scores["reference"].isin(["run", "cell-eval"])]
     for place, block in scores.groupby(_PLACE, sort=False):
         here = dict(zip(_PLACE, place, strict=True))
         names = [name for name in block["predictor"].unique() if name not in (ours, *without)]
         for other in names:
             pair = block[block["predictor"].isin((ours, other))]
-            for metrics, units, resampled in _comparable(pair, predictions, here, ours, other):
+            for metrics, units, resampled in _comparable(pair, parts, here, ours, other):
                 is_crossed = here["screen"] in crossed
                 found = paired_difference(units, crossed=is_crossed, draws=draws, seed=seed)
                 way = resampled if resampled == "seeds" else f"{resampled}, " + (
@@ -105,9 +125,54 @@ def normalise(
     return found.drop(columns=["_floor", "_ceiling", "label"])
 
 
+def rank_agreement(scores: pd.DataFrame, *, without: Sequence[str] = ()) -> pd.DataFrame:
+    """Return how far cell-eval ranks predictors as this package does.
+
+    Parameters
+    ----------
+    scores
+        As in `compare`, with rows of reference "cell-eval".
+    without
+        Predictors that are not ranked.
+
+    Returns
+    -------
+    pandas.DataFrame
+        For each screen, set of labels and pair of metrics of one idea: ``spearman``, the rank
+        correlation of the predictors' means over splits and seeds (signs such that one is
+        agreement), ``n_predictors``, and ``best_here`` and ``best_there``.
+    """
+    pooled = scores[(scores["label"] == "") & ~scores["predictor"].isin(without)]
+    rows = []
+    for (screen, labels), block in pooled.groupby(["screen", "labels"], sort=False):
+        columns = ["reference", "metric"]
+        means = block.pivot_table(index="predictor", columns=columns, values="value")
+        for here, there in _OUTSIDE.items():
+            if here not in means or ("cell-eval", there) not in means:
+                continue
+            both = means[[here, ("cell-eval", there)]].dropna().set_axis(["here", "there"], axis=1)
+            both["here"] *= -1 if here[1] in ERRORS else 1
+            both["there"] *= -1 if there in _OUTSIDE_ERRORS else 1
+            if len(both) < 3 or both.nunique().min() < 2:
+                continue
+            rows.append(
+                {
+                    "screen": screen,
+                    "labels": labels,
+                    "metric": here[1],
+                    "cell_eval": there,
+                    "spearman": both.rank()["here"].corr(both.rank()["there"]),
+                    "n_predictors": len(both),
+                    "best_here": both["here"].idxmax(),
+                    "best_there": both["there"].idxmax(),
+                }
+            )
+    return pd.DataFrame(rows, columns=list(AGREEMENT_COLUMNS))
+
+
 def _comparable(
     pair: pd.DataFrame,
-    predictions: Mapping[tuple[object, ...], Judged],
+    parts: Mapping[tuple[object, ...], LabelParts],
     here: Mapping[str, object],
     ours: str,
     other: str,
@@ -118,7 +183,7 @@ def _comparable(
     units = []
     for split, seed in places:
         both = [
-            predictions.get((here["screen"], split, seed, name, here["reference"], here["labels"]))
+            parts.get((here["screen"], split, seed, name, here["reference"], here["labels"]))
             for name in (ours, other)
         ]
         if both[0] is not None and both[1] is not None:
@@ -143,16 +208,15 @@ def _comparable(
             yield [str(metric)], found, "seeds and perturbations" if is_each else "seeds"
 
 
-def _effect_unit(seed: int, split: str, ours: Judged, other: Judged) -> Unit:
+def _effect_unit(seed: int, split: str, ours: LabelParts, other: LabelParts) -> Unit:
     if list(ours.labels) != list(other.labels):
         raise DataError(
             f"Seed {seed}, split '{split}': two predictors were judged on different labels. "
             "Delete the cells of that seed and run the benchmark again."
         )
-    mine, theirs = label_parts(ours), label_parts(other)
     return Unit(
         seed, split, list(ours.labels),
-        lambda weights: weighted_scores(mine, weights) - weighted_scores(theirs, weights),
+        lambda weights: weighted_scores(ours, weights) - weighted_scores(other, weights),
     )  # fmt: skip
 
 

@@ -111,7 +111,10 @@ class Kept(Part):
 
 
 class GridScreen(Part):
-    """A screen: simulated with these arguments, or read from a file."""
+    """A screen: simulated with these arguments, or read from a file.
+
+    `tuned_on` names another screen whose choices of settings are taken over here.
+    """
 
     name: Name
     simulate: dict[str, int | float] | None = None
@@ -122,6 +125,12 @@ class GridScreen(Part):
     splits: Annotated[tuple[GridSplit, ...], Field(min_length=1)] = (GridSplit(),)
     corrupt: Corruption | None = None
     keep: Kept = Kept()
+    tuned_on: str | None = None
+
+    @property
+    def tuning(self) -> str:
+        """The screen on which settings are chosen."""
+        return self.tuned_on or self.name
 
     @model_validator(mode="after")
     def _has_one_source(self) -> GridScreen:
@@ -172,7 +181,9 @@ class Benchmark(Part):
 
     `ours` names the predictor that is compared with every other. With `baselines` the simple
     predictors are added, unless the grid names them itself; ceilings always are. Predictors with
-    candidates must have equally many of them unless `unequal_budget`.
+    candidates must have equally many of them unless `unequal_budget`. With `effects`, predicted
+    and reference effects of every cell are kept for other scorers; with `cell_eval`, that program
+    scores generated cells, too.
     """
 
     name: Name
@@ -182,6 +193,8 @@ class Benchmark(Part):
     baselines: bool = True
     unequal_budget: bool = False
     diagnostics: bool = True
+    effects: bool = False
+    cell_eval: bool = False
     screens: Annotated[tuple[GridScreen, ...], Field(min_length=1)]
     predictors: tuple[GridPredictor, ...] = ()
     folder: Path = Path()

@@ -14,9 +14,11 @@ from cradle_pyro.errors import ConfigError, near, shown
 from cradle_pyro.evaluation.grid import (
     CEILING_KIND,
     Benchmark,
+    GridScreen,
     Part,
     candidates_of,
 )
+from cradle_pyro.evaluation.outside import check_cell_eval
 
 __all__ = ["check_grid", "read_benchmark"]
 
@@ -96,7 +98,29 @@ def check_grid(benchmark: Benchmark) -> None:
         _check_unique(f"split of '{screen.name}'", [one.name for one in screen.splits])
         if screen.path is not None:
             benchmark.screen_path(screen)
+        _check_tuning(benchmark, screen)
+    if benchmark.cell_eval:
+        check_cell_eval()
     _check_cells(benchmark)
+
+
+def _check_tuning(benchmark: Benchmark, screen: GridScreen) -> None:
+    """Raise a ConfigError unless every tuned predictor of a screen is tuned somewhere."""
+    if screen.tuned_on is None:
+        return
+    places = {one.name: one for one in benchmark.screens if one.tuned_on is None}
+    if screen.tuned_on not in places:
+        raise ConfigError(
+            f"screen '{screen.name}': tuned_on = '{screen.tuned_on}' is no screen that is tuned "
+            f"itself{near(screen.tuned_on, list(places))}; found {shown(places, 20)}."
+        )
+    there = benchmark.predictors_of(places[screen.tuned_on])
+    missing = [p.name for p in benchmark.predictors_of(screen) if p.candidates and p not in there]
+    if missing:
+        raise ConfigError(
+            f"screen '{screen.name}': predictor '{missing[0]}' has candidates but is not tried on "
+            f"'{screen.tuned_on}', where they are to be chosen."
+        )
 
 
 def _check_cells(benchmark: Benchmark) -> None:

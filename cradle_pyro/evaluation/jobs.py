@@ -26,6 +26,7 @@ from cradle_pyro.evaluation.grid import (
     GridPredictor,
     GridScreen,
 )
+from cradle_pyro.evaluation.paired import Judged, label_parts
 from cradle_pyro.evaluation.processes import NO_REASON, Failure
 from cradle_pyro.evaluation.scoring import Score, density_of, score, score_ceiling, seen_by
 from cradle_pyro.evaluation.screens import (
@@ -67,9 +68,14 @@ class Place(NamedTuple):
         return self.folder / f"{self.cell.predictor.name}.csv"
 
     @property
-    def effects(self) -> Path:
-        """Predicted and reference effects."""
+    def parts(self) -> Path:
+        """What the scores of effects are made of, label by label."""
         return self.folder / f"{self.cell.predictor.name}.npz"
+
+    @property
+    def effects(self) -> Path:
+        """Predicted and reference effects, if the grid keeps them."""
+        return self.folder / f"{self.cell.predictor.name}.effects.npz"
 
     @property
     def failure(self) -> Path:
@@ -98,6 +104,7 @@ def cell_digest(benchmark: Benchmark, cell: Cell, chosen: Sequence[str]) -> str:
             "predictor": [predictor.name, predictor.kind, predictor.cells],
             "seed": cell.seed,
             "diagnostics": benchmark.diagnostics,
+            "cell_eval": benchmark.cell_eval,
         }
     )
 
@@ -296,8 +303,9 @@ def _scored(
     fitted = predictor.fit(learned_cells(view))
     fit_end = time.perf_counter()
     found = score(
-        fitted, built.data, built.truth, options, view=view, diagnostics=benchmark.diagnostics
-    )
+        fitted, built.data, built.truth, options,
+        view=view, diagnostics=benchmark.diagnostics, outside=benchmark.cell_eval,
+    )  # fmt: skip
     costs = {
         "seconds_to_fit": fit_end - start,
         "seconds_to_score": time.perf_counter() - fit_end,
@@ -323,7 +331,7 @@ def _peak_memory() -> float:
 def _write_cell(
     benchmark: Benchmark, place: Place, chosen: Sequence[str], found: Score, costs: dict[str, float]
 ) -> None:
-    """Write effects, then the table that says that the cell is done."""
+    """Write arrays, then the table that says that the cell is done."""
     cost_rows = [("run", "all", "", name, value, 0) for name, value in costs.items()]
     rows = pd.concat(
         [found.rows, pd.DataFrame(cost_rows, columns=found.rows.columns)], ignore_index=True
@@ -331,18 +339,28 @@ def _write_cell(
     digest = cell_digest(benchmark, place.cell, chosen)
     rows = rows.assign(digest=digest, source=source_digest())
     place.folder.mkdir(parents=True, exist_ok=True)
-    if found.predictions:
-        arrays: dict[str, np.ndarray] = {"genes": np.asarray(found.genes, dtype=str)}
-        for one in found.predictions:
-            block = f"{one.reference}/{one.labels}"
-            arrays[f"{block}/labels"] = np.asarray(one.names, dtype=str)
-            arrays[f"{block}/predicted"] = one.predicted.astype(np.float32)
-            arrays[f"{block}/reference"] = one.effects.astype(np.float32)
-        staging = place.effects.with_name(f".{place.effects.stem}.{os.getpid()}.npz")
-        np.savez_compressed(staging, allow_pickle=False, **arrays)
-        os.replace(staging, place.effects)
+    parts: dict[str, np.ndarray] = {}
+    effects: dict[str, np.ndarray] = {"genes": np.asarray(found.genes, dtype=str)}
+    for one in found.predictions:
+        block = f"{one.reference}/{one.labels}"
+        names = np.asarray(one.names, dtype=str)
+        own = label_parts(Judged(one.names, one.predicted, one.effects))
+        parts[f"{block}/labels"] = effects[f"{block}/labels"] = names
+        parts[f"{block}/moments"], parts[f"{block}/means"] = own.moments, own.means
+        effects[f"{block}/predicted"] = one.predicted.astype(np.float32)
+        effects[f"{block}/reference"] = one.effects.astype(np.float32)
+    if parts:
+        _write_arrays(place.parts, parts)
+    if parts and benchmark.effects:
+        _write_arrays(place.effects, effects)
     write_text_atomic(place.table, rows.to_csv(index=False, float_format="%.7g"))
     place.failure.unlink(missing_ok=True)
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    staging = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    np.savez_compressed(staging, allow_pickle=False, **arrays)
+    os.replace(staging, path)
 
 
 def _write_failure(path: Path, error: Exception) -> None:

@@ -13,7 +13,7 @@ from cradle_pyro.errors import DataError, shown
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["CELL_EVAL", "Profile", "cell_eval_scores"]
+__all__ = ["CELL_EVAL", "Profile", "cell_eval_scores", "check_cell_eval"]
 
 CELL_EVAL = "cell-eval==0.8.2"
 """The requirement to install for `cell_eval_scores`."""
@@ -107,6 +107,11 @@ def cell_eval_scores(
             if name != "perturbation"
         )
     }
+
+
+def check_cell_eval() -> None:
+    """Raise a DataError unless cell-eval can be used."""
+    _cell_eval()
 
 
 def _cell_eval() -> Any:

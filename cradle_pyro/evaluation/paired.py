@@ -46,6 +46,7 @@ EFFECT_METRICS = (
 
 _LEVEL = 0.95
 _TOP = (20, 50)
+_MEANS = ("ate_rho_per_perturbation", "ate_r2_per_perturbation", "jaccard_top20", "jaccard_top50")
 
 
 class Judged(NamedTuple):
@@ -275,23 +276,35 @@ def _times(rng: np.random.Generator, draws: int, n: int) -> np.ndarray:
 
 
 class LabelParts(NamedTuple):
-    """What scores are made of, label by label."""
+    """What scores are made of, label by label: small enough to be kept, enough to be resampled.
 
-    moments: list[np.ndarray]  # of all genes, then the top ones; each (labels, 8)
-    means: dict[str, np.ndarray]  # metrics that are means over labels, each (labels,)
+    Parameters
+    ----------
+    labels
+        The perturbations.
+    moments
+        Of the entries of all genes, then of the top 20 and 50: number, sums of prediction,
+        reference, their squares and product, squared and absolute error; shape (3, labels, 8).
+    means
+        Metrics that are means over labels, in the order of `EFFECT_METRICS`, shape (4, labels).
+    """
+
+    labels: Sequence[str]
+    moments: np.ndarray
+    means: np.ndarray
 
 
 def label_parts(judged: Judged) -> LabelParts:
     """Return what the scores of a prediction are made of."""
     predicted, effects = (np.asarray(x, dtype=np.float64) for x in judged[1:])
     masks = [np.ones(effects.shape, dtype=bool), *(top_k_mask(effects, k) for k in _TOP)]
-    moments = [_moments(predicted, effects, mask) for mask in masks]
+    moments = np.stack([_moments(predicted, effects, mask) for mask in masks])
     each = _pooled(np.eye(len(effects)), moments[0])
-    means = {f"ate_{name}_per_perturbation": each[name] for name in ("rho", "r2")}
+    means = [each["rho"], each["r2"]]
     for k in _TOP:
         pairs = zip(predicted, effects, strict=True)
-        means[f"jaccard_top{k}"] = np.array([jaccard_top_k(p, e, k=k) for p, e in pairs])
-    return LabelParts(moments, means)
+        means.append(np.array([jaccard_top_k(p, e, k=k) for p, e in pairs]))
+    return LabelParts(judged.labels, moments, np.stack(means))
 
 
 def weighted_scores(parts: LabelParts, weights: np.ndarray) -> np.ndarray:
@@ -303,7 +316,10 @@ def weighted_scores(parts: LabelParts, weights: np.ndarray) -> np.ndarray:
         "rmse": pooled[0]["rmse"],
         "mae": pooled[0]["mae"],
         **{f"ate_rho_top{k}": pooled[1 + i]["rho"] for i, k in enumerate(_TOP)},
-        **{name: weighted_mean(weights, values) for name, values in parts.means.items()},
+        **{
+            name: weighted_mean(weights, values)
+            for name, values in zip(_MEANS, parts.means, strict=True)
+        },
     }
     return np.stack([found[name] for name in EFFECT_METRICS], axis=1)
 

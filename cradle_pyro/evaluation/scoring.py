@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,7 @@ from cradle_pyro.evaluation.metrics import (
     perturbation_discrimination,
     score_effects,
 )
+from cradle_pyro.evaluation.outside import cell_eval_scores
 from cradle_pyro.evaluation.predictive import generated_qc, held_out_density
 from cradle_pyro.evaluation.reference import Ceiling, group_effects, split_half_ceiling
 from cradle_pyro.evaluation.soundness import (
@@ -51,6 +52,10 @@ from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.queries.counterfactual import counterfactual
 from cradle_pyro.queries.interventions import Intervention, do
 from cradle_pyro.queries.latent import latent
+from cradle_pyro.types import SCALE
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 __all__ = [
     "COLUMNS",
@@ -74,6 +79,7 @@ _SETS = ("seen", "held_out")
 _MOST_CELLS = 100  # cells of a label that generated ones are compared with
 _COMPONENTS = 30
 _AT_REST = "\0control"
+_LABEL = "label"
 _SOUND_CELLS = 300
 _SOUND_LABELS = 3
 _LEAKAGE_CELLS = 1000  # and neighbours, as in latent_diagnostics
@@ -181,6 +187,7 @@ def score(
     *,
     view: CellData | None = None,
     diagnostics: bool = True,
+    outside: bool = False,
 ) -> Score:
     """Return all scores of a fitted predictor.
 
@@ -198,12 +205,14 @@ def score(
         The same cells with the flags that the predictor was fitted with, where they differ.
     diagnostics
         For a predictor with a posterior: density, leakage, soundness and calibration too.
+    outside
+        Have generated cells scored by cell-eval too, which has to be installed.
 
     Returns
     -------
     Score
         References "cells" and "truth" (effects), "generated" (cells made from nothing), "model"
-        (a posterior's own checks).
+        (a posterior's own checks), "cell-eval" (generated cells, by another program).
     """
     rows: list[tuple[Any, ...]] = []
     predictions = []
@@ -219,7 +228,12 @@ def score(
         )
         if block.rows and embedding is not None:
             assert isinstance(fitted, GenerativePredictor)
-            rows += _generated_rows(fitted, test, block, embedding, options.seed)
+            real, labels = _real_sample(test, block, options.seed)
+            counts = fitted.generate(labels.tolist(), real.library, seed=options.seed)
+            made = real._replace(counts=sp.csr_array(counts))
+            rows += _cells_compared(block, embedding, made, real)
+            if outside:
+                rows += _outside_rows(block, data.schema.genes, made, real)
     posterior = getattr(fitted, "posterior", None)
     if diagnostics and isinstance(posterior, Posterior):
         seen = seen_by(fitted, data if view is None else view)
@@ -304,6 +318,19 @@ class _Sample(NamedTuple):
         second = {name: rows[len(rows) // 2 :] for name, rows in mixed.items()}
         return self._replace(rows=first), self._replace(rows=second)
 
+    def log_expression(self, names: Sequence[str], genes: Sequence[str]) -> AnnData:
+        """Return log(1 + 1e4 fraction) of the cells of some labels, label by label."""
+        from anndata import AnnData
+
+        rows = np.concatenate([self.rows[name] for name in names])
+        fraction = self.counts[rows].multiply(SCALE / self.library[rows][:, None])
+        labels = np.repeat(list(names), [len(self.rows[name]) for name in names])
+        return AnnData(
+            sp.csr_matrix(fraction).log1p().astype(np.float32),
+            obs=pd.DataFrame({_LABEL: labels}, index=[str(i) for i in range(len(rows))]),
+            var=pd.DataFrame(index=list(genes)),
+        )
+
 
 def _real_sample(test: CellData, block: Block, seed: int) -> tuple[_Sample, np.ndarray]:
     """Return at most so many real cells of each label and of control, and their labels."""
@@ -322,14 +349,20 @@ def _real_sample(test: CellData, block: Block, seed: int) -> tuple[_Sample, np.n
     return sample, test.labels[together]
 
 
-def _generated_rows(
-    fitted: GenerativePredictor, test: CellData, block: Block, embedding: Embedding, seed: int
+def _outside_rows(
+    block: Block, genes: Sequence[str], made: _Sample, real: _Sample
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield how close generated cells are to real ones of the same labels and libraries."""
-    real, labels = _real_sample(test, block, seed)
-    counts = fitted.generate(labels.tolist(), real.library, seed=seed)
-    made = real._replace(counts=sp.csr_array(counts))
-    yield from _cells_compared(block, embedding, made, real)
+    """Yield cell-eval's scores of generated cells, means over labels."""
+    names = [name for name in block.names if len(real.rows[name]) >= 2]
+    if not names:
+        return
+    found = cell_eval_scores(
+        *(sample.log_expression([*names, _AT_REST], genes) for sample in (made, real)),
+        perturbation_key=_LABEL,
+        control=_AT_REST,
+    )
+    for metric, value in found.items():
+        yield "cell-eval", block.labels, "", metric, value, len(names)
 
 
 def _cells_compared(

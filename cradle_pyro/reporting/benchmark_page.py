@@ -16,7 +16,7 @@ import pandas as pd
 
 from cradle_pyro.data.fields import write_text_atomic
 from cradle_pyro.evaluation.benchmark import BenchmarkResult
-from cradle_pyro.evaluation.comparisons import ERRORS
+from cradle_pyro.evaluation.comparisons import ERRORS, rank_agreement
 from cradle_pyro.evaluation.grid import CEILING_KIND, Benchmark, GridScreen
 from cradle_pyro.reporting.benchmark_plots import plot_differences, plot_dots
 from cradle_pyro.reporting.blocks import (
@@ -45,6 +45,7 @@ _EFFECT_METRICS = {
     "discrimination": "discrimination",
 }
 _LESS_IS_BETTER = ("rmse", "mae")
+_NAMES = {**_EFFECT_METRICS, "de_overlap": "DE overlap", "de_direction": "DE direction"}
 _CHECKS: dict[str, dict[str, str]] = {
     "Held-out density and use of the latents": {
         "iwelbo_test": "IWELBO, test (nats/cell)",
@@ -170,6 +171,9 @@ def _sections(benchmark: Benchmark, result: BenchmarkResult) -> Iterator[Section
         scores = result.scores[result.scores["screen"] == screen.name]
         if len(scores):
             yield _screen(benchmark, screen, scores, result.normalised)
+    agreement = _agreement(result)
+    if agreement is not None:
+        yield agreement
     yield _costs(benchmark, result)
 
 
@@ -375,6 +379,31 @@ def _metric_table(
     if less:
         caption += f" Less is better: {', '.join(less)}."
     return Table(title, ["predictor", *(names[m] for m in present)], body, caption, strong=[ours])
+
+
+def _agreement(result: BenchmarkResult) -> Section | None:
+    """Return how another program ranks the predictors, where it was asked."""
+    found = rank_agreement(result.scores, without=[CEILING_KIND])
+    if not len(found):
+        return None
+    head = ["screen", "labels", "metric here", "cell-eval's", "Spearman's ρ", "best here",
+            "best there", "predictors"]  # fmt: skip
+    body = [
+        [
+            row["screen"], row["labels"], _NAMES.get(row["metric"], row["metric"]),
+            row["cell_eval"], _number(row["spearman"], 2), row["best_here"], row["best_there"],
+            f"{row['n_predictors']}",
+        ]
+        for _, row in found.iterrows()
+    ]  # fmt: skip
+    caption = (
+        "Rank correlation of the predictors' means over seeds. Effects here are expected ones; "
+        "cell-eval scores generated cells, so that sampling noise ranks predictors that are close."
+    )
+    words = ["labels", "metric here", "cell-eval's", "best here", "best there"]
+    return Section(
+        "agreement", "As cell-eval ranks them", [Table("Agreement", head, body, caption, words)]
+    )
 
 
 def _costs(benchmark: Benchmark, result: BenchmarkResult) -> Section:
