@@ -114,7 +114,7 @@ class TrainingLoop(L.LightningModule):
         Weight Decay Regularization).
         """
         config = self.config
-        own_prior = {id(p) for p in getattr(self.model, "sparse_loadings", list)()}
+        own_prior = {id(p) for p in getattr(self.model, "parameters_with_prior", list)()}
         fast = {id(p) for p in getattr(self.guide, "global_parameters", list)()}
         slow = [p for p in self.parameters() if id(p) not in fast]
 
@@ -134,7 +134,7 @@ class TrainingLoop(L.LightningModule):
             },
         ]
         optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], weight_decay=0.0
+            [group for group in groups if group["params"]], weight_decay=0.0, fused=True
         )
         if self.config.schedule == "constant":
             return {"optimizer": optimizer}

@@ -14,7 +14,9 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -131,7 +133,15 @@ class CradleELBO(ELBO):
     def _get_trace(
         self, model: PyroCallable, guide: PyroCallable, args: tuple, kwargs: dict
     ) -> tuple[Trace, Trace]:
-        return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
+        is_messenger = isinstance(poutine.unwrap(guide), Messenger)
+        if is_validation_enabled() or is_messenger:
+            return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
+        # The same, but densities are left to `elbo_terms`: a divergence in closed form needs none.
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
+            *args, **kwargs
+        )
+        return model_trace, guide_trace
 
     def _class_weights(self, batch: Batch) -> Tensor | None:
         if not self.config.balance_failing or not 0 < self.failing_share < 1:
@@ -185,7 +195,8 @@ def elbo_terms(
     Parameters
     ----------
     model_trace, guide_trace
-        As from Pyro's ``get_importance_trace``.
+        Of the guide, and of the model replayed with it. Densities that Pyro's
+        ``get_importance_trace`` has computed are used.
     weights
         Per-cell weights of the local terms, shape (cells,).
 
@@ -208,7 +219,7 @@ def elbo_terms(
         if site["infer"].get("_deterministic"):
             continue
         if site["is_observed"]:
-            value = site["log_prob"]
+            value = _log_prob(site)
         else:
             if name not in guide_trace.nodes:
                 raise ValueError(f"The guide has no site for the model's latent '{name}'.")
@@ -218,7 +229,7 @@ def elbo_terms(
         terms[name] = value.sum()
     for name, site in guide_trace.nodes.items():
         if site["type"] == "sample" and site["infer"].get("is_auxiliary"):
-            value = -site["log_prob"]
+            value = -_log_prob(site)
             if weights is not None and is_local(site):
                 value = value * weights
             terms[name] = value.sum()
@@ -235,8 +246,15 @@ def _divergence(model_site: Mapping[str, Any], guide_site: Mapping[str, Any]) ->
     try:
         divergence = kl_divergence(guide_dist, model_site["fn"])
     except NotImplementedError:
-        return guide_site["log_prob"] - model_site["log_prob"]
+        return _log_prob(guide_site) - _log_prob(model_site)
     return scale_and_mask(divergence, guide_site["scale"], guide_site["mask"])
+
+
+def _log_prob(site: Mapping[str, Any]) -> Tensor:
+    """Return the scaled log-density of a trace node's value, computed now if it was not before."""
+    if "log_prob" in site:
+        return site["log_prob"]
+    return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
 
 
 def is_local(site: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -314,10 +315,17 @@ def normal_expectation(
     nodes
         Points of the quadrature.
     """
-    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    points, weights = _gauss_hermite(nodes)
     at = torch.as_tensor(points, dtype=loc.dtype, device=loc.device)
-    shares = torch.as_tensor(weights / weights.sum(), dtype=loc.dtype, device=loc.device)
+    shares = torch.as_tensor(weights, dtype=loc.dtype, device=loc.device)
     return function(loc.unsqueeze(-1) + scale.unsqueeze(-1) * at) @ shares
+
+
+@cache
+def _gauss_hermite(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return points and weights for the expectation over a standard Normal."""
+    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    return points, weights / weights.sum()
 
 
 def _components_last(value: Tensor | float) -> Tensor | float:
