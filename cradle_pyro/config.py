@@ -154,12 +154,15 @@ class ModelConfig(_Component):
     """The generative model, DESIGN section 2; the defaults switch every mechanism on.
 
     `loading_scale` is the scale of the Laplace prior of the linear path's loadings of z_basal.
+    `combine` says which states the decoder has maps of its own for: "concat" for z_basal, the
+    perturbation's shift and the artifact's, each by itself; "shift" for the sum of the first two,
+    and the third; "sum" for the sum of all.
     """
 
     n_latents: PositiveInt = 16
     n_artifact_latents: NonNegativeInt = 6
     dilution: bool = True
-    combine: Literal["concat", "sum"] = "concat"
+    combine: Literal["concat", "shift", "sum"] = "shift"
     likelihood: Literal["nb", "poisson", "zinb", "normal"] = "nb"
     decoder: NetworkConfig = NetworkConfig(hidden=32, layers=0)
     linear_path: bool = True
@@ -187,7 +190,7 @@ class GuideConfig(_Component):
 class _AbstractConsistencyTerm(_Component):
     flip_artifact: Fraction = 0.5
     flip_perturbation: Fraction = 0.5
-    generated_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    generated_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
 
 
 class SleepTerm(_AbstractConsistencyTerm):
@@ -239,10 +242,10 @@ class ObjectiveConfig(_Component):
 class TrainConfig(_Component):
     """Optimisation; everything here is passed to Lightning or to AdamW."""
 
-    max_epochs: PositiveInt = 120
+    max_epochs: PositiveInt = 60
     batch_size: PositiveInt = 128
     learning_rate: PositiveFloat = 5e-3
-    effect_learning_rate: PositiveFloat = 2e-3
+    effect_learning_rate: PositiveFloat = 1e-2
     weight_decay: NonNegativeFloat = 0.3
     gradient_clip: PositiveFloat = 100.0
     patience: PositiveInt = 30

@@ -94,9 +94,13 @@ def make_linear_pair(
 def set_linear_encoder(
     guide: CradleGuide, oracle: LinearGaussianCradle, gain: np.ndarray, variance: np.ndarray
 ) -> None:
-    """Set q(z | x, p, r) = Normal((x - μ - (p + r) L) gain, variance) in the guide's z encoder."""
+    """Set q(z | x, p, r) = Normal((x - μ - (p + r) L) gain, variance) in the guide's z encoder.
+
+    The encoder tells z + p, from which the guide takes p.
+    """
     to_latent = -oracle.loading @ gain
-    weights = [np.concatenate([gain, np.zeros((1, oracle.n_latents))]), to_latent, to_latent]
+    own = to_latent + np.eye(oracle.n_latents)
+    weights = [np.concatenate([gain, np.zeros((1, oracle.n_latents))]), own, to_latent]
     if oracle.n_artifacts and oracle.n_artifact_latents:
         weights.append(oracle.artifact_loading @ to_latent)
     _set_linear(guide.z_basal, weights, -oracle.intercept @ gain, np.sqrt(variance))

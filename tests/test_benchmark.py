@@ -331,6 +331,14 @@ def test_a_model_is_checked_beside_its_effects(done):
     assert rows["composition_entries"] == 1
 
 
+def test_a_single_predictor_may_go_unchecked(tmp_path):
+    other = '[[predictors]]\nname = "unchecked"\nkind = "cradle"\ndiagnostics = false\n'
+    text = changed("diagnostics = false", "diagnostics = true", changed("[0, 1]", "[0]")) + other
+    result = run(write_grid(tmp_path, text), tmp_path / "out")
+    assert set(result.scores.query("reference == 'model'")["predictor"]) == {"cradle"}
+    assert "unchecked" in set(result.scores.query("reference == 'truth'")["predictor"])
+
+
 def test_generated_cells_are_compared_label_by_label_with_halves_as_a_ceiling(done):
     _, result, _ = done
     rows = result.scores.query("reference == 'generated'")
@@ -541,14 +549,14 @@ def test_the_command_writes_everything_and_exits_with_one_after_a_failure(
 
 def test_a_missing_outside_program_is_told_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cell_eval", None)
-    path = write_grid(tmp_path, changed("diagnostics = false", "cell_eval = true"))
+    path = write_grid(tmp_path, changed("diagnostics = false", "cell_eval = [0]"))
     with pytest.raises(DataError, match=r"pip install cell-eval=="):
         read_benchmark(path)
 
 
 def test_another_program_scores_the_same_cells(tmp_path):
     pytest.importorskip("cell_eval", reason="cell-eval is not installed")
-    text = changed("[0, 1]", "[0]", changed("diagnostics", "cell_eval = true\ndiagnostics"))
+    text = changed("[0, 1]", "[0]", changed("diagnostics", "cell_eval = [0]\ndiagnostics"))
     result = run(write_grid(tmp_path, text), tmp_path / "out")
     outside = result.scores.query("reference == 'cell-eval'")
     assert {"cradle", *BASELINES} <= set(outside["predictor"])

@@ -236,8 +236,8 @@ def test_a_fresh_guide_is_close_to_the_prior(family) -> None:
     guide_config = {"family": family, "initial_scale": 0.1}
     pair = build_pair(schema, make_config(guide=guide_config), make_statistics(schema), seed=0)
     nodes = nodes_of(pair[1], make_batch(schema))
-    prior = torch.full((3, 5), make_config().model.mask_probability)
-    torch.testing.assert_close(nodes[sites.EFFECT_MASK]["fn"].mean, prior)
+    # Masks start undecided: closed ones would hide their effects from the gradient.
+    torch.testing.assert_close(nodes[sites.EFFECT_MASK]["fn"].mean, torch.full((3, 5), 0.5))
     for name in (sites.ARTIFACT_EFFECT, sites.ARTIFACT_RISK, sites.DEPTH_SHIFT):
         q = nodes[name]["fn"]
         scale = torch.full_like(q.stddev, 0.1)
@@ -257,6 +257,22 @@ def test_global_parameters_are_those_of_the_global_sites(family) -> None:
 
 
 # --------------------------------------------------------------------- what tells them apart
+
+
+@pytest.mark.parametrize("combine", ["sum", "shift", "concat"])
+def test_the_encoder_tells_the_sum_that_the_decoder_sees(combine: str) -> None:
+    schema = make_schema()
+    _, guide = make("structured", schema, model={"combine": combine})
+    with torch.no_grad():
+        guide.z_basal.network.inputs[1].weight.zero_()  # what the encoder reads of the shift
+    batch, locs = make_batch(schema), []
+    w = nodes_of(guide, batch)[sites.Z_ARTIFACT]["value"]
+    for size in (0.0, 2.0):
+        shift = torch.full((3, 5), size)
+        held = {sites.EFFECT_MASK: torch.ones(3, 5), sites.EFFECT: shift, sites.Z_ARTIFACT: w}
+        own = nodes_of(guide, batch, held)[sites.Z_BASAL]["fn"].mean
+        locs.append(own + batch.perturbation @ shift if combine != "concat" else own)
+    torch.testing.assert_close(*locs)
 
 
 def dependence(family: str, changed: str, on: str) -> bool:

@@ -168,7 +168,7 @@ def test_prior_scales_are_those_of_the_configuration() -> None:
 # ----------------------------------------------------------------------------------- equations
 
 
-@pytest.mark.parametrize("combine", ["concat", "sum"])
+@pytest.mark.parametrize("combine", ["concat", "shift", "sum"])
 @pytest.mark.parametrize("linear_path", [True, False])
 @pytest.mark.parametrize("has_rest", [True, False])
 @pytest.mark.parametrize("covariates", [(), COVARIATES])
@@ -193,7 +193,11 @@ def test_structural_equations_by_hand(combine, linear_path, has_rest, covariates
         if a.sum() > 0:  # foreign RNA dilutes what is the cell's own
             dilution = latents[sites.Z_ARTIFACT][n] @ model.dilution_loading + model.dilution_bias
             own = 1 - torch.sigmoid(dilution)
-        states = [own * (z + p) + r] if combine == "sum" else [own * z, own * p, r]
+        states = {
+            "concat": [own * z, own * p, r],
+            "shift": [own * (z + p), r],
+            "sum": [own * (z + p) + r],
+        }[combine]
         if covariates:
             states.append(batch.covariates[n])
         logits = model.decoder(*(state[None] for state in states))[0]
@@ -242,7 +246,7 @@ def mean_response(model: Cradle, perturbation: int) -> float:
 
 
 def test_decoder_is_a_residual_network_and_a_linear_path() -> None:
-    model, _ = make_pair(dtype=torch.float64)
+    model, _ = make_pair(model={"combine": "concat"}, dtype=torch.float64)
     decoder = model.decoder
     states = [torch.randn(4, N_LATENTS, dtype=torch.float64) for _ in range(3)]
     joined = torch.cat(states, -1)
@@ -290,7 +294,7 @@ def test_fresh_model_starts_at_the_training_profile() -> None:
         rate = model.likelihood.rate(bias, has_rest=has_rest)[0]
         share = statistics.fraction / (1 if has_rest else statistics.fraction.sum())
         torch.testing.assert_close(rate, share)
-        assert model.decoder(zero, zero, zero).shape == (1, N_GENES + has_rest)
+        assert model.decoder(zero, zero).shape == (1, N_GENES + has_rest)
         torch.testing.assert_close(model.artifact_log_odds.sigmoid(), statistics.artifact_share)
 
 

@@ -459,7 +459,8 @@ def sleep_gradients(
     model, guide, globals_ = make_linear_pair(oracle, n_cells=len(cells.x))
     set_linear_encoder(guide, oracle, guide_gain, guide_variance)
     set_artifact_encoder(guide, oracle, *exact_artifact_encoder(oracle))
-    objective = CradleELBO(make_objective(counterfactual="sleep"), as_pool(cells))
+    term = {"kind": "sleep", "generated_fraction": 1.0}
+    objective = CradleELBO(make_objective(counterfactual=term), as_pool(cells))
     batch, gradients = as_batch(cells), []
     parameters = [p for p in (*guide.z_basal.parameters(), *guide.z_artifact.parameters())]
     for rows in torch.arange(len(batch)).split(len(batch) // 40):
@@ -743,7 +744,7 @@ def capture(monkeypatch: pytest.MonkeyPatch, batch: Batch, **settings: Any) -> t
 
     monkeypatch.setattr(objectives, "sleep_term", spy)
     model, guide = make_pair(make_schema(), **settings.pop("pair", {}))
-    term = {"kind": "sleep"} | settings
+    term = {"kind": "sleep", "generated_fraction": 1.0} | settings
     elbo(batch, counterfactual=term).terms(model, guide, batch)
     return found["flipped"], found["latents"]
 

@@ -17,18 +17,26 @@ from torch import Tensor, nn
 
 from cradle_pyro.baselines.glm import NegativeBinomialGLM
 from cradle_pyro.baselines.linear import LinearRegression
-from cradle_pyro.baselines.predictor import Depth, Predictor
+from cradle_pyro.baselines.predictor import Depth, FittedPredictor, Predictor
+from cradle_pyro.baselines.shrinkage import shrink
 from cradle_pyro.baselines.simple import (
     Additive,
     Cells,
     EmpiricalBayes,
+    FittedEffects,
     GlobalMean,
     NoChange,
     TrainingMean,
+    control_cells,
+    effect_standard_errors,
+    raw_effects,
+    training_cells,
+    training_moments,
 )
 from cradle_pyro.config import Config
+from cradle_pyro.data.groups import Grouping, cell_groups
 from cradle_pyro.errors import ConfigError, QueryError, near
-from cradle_pyro.inference.pair import PairBuilder, standard_pair
+from cradle_pyro.inference.pair import PairBuilder
 from cradle_pyro.inference.train import fit
 from cradle_pyro.model.cradle import Cradle
 from cradle_pyro.model.guides import CradleGuide
@@ -50,12 +58,14 @@ __all__ = [
     "FittedModel",
     "Trained",
     "conditional_pair",
-    "even_start_pair",
     "make_predictor",
+    "shrunken_residuals",
     "with_flags",
 ]
 
 Flags = Literal["each", "any", "none"]
+
+_DRAWS: Final = 20  # of the globals, that the cells made of a label are spread over
 
 _NO_ARTIFACT: Final = (
     "model.n_artifact_latents=0",
@@ -71,20 +81,20 @@ _PLAIN: Final = (
     "model.decoder.hidden=256",
     "model.decoder.layers=2",
     "train.learning_rate=1e-3",
-    "train.effect_learning_rate=1e-2",
     "train.weight_decay=1e-6",
 )
 PEERS: Final[dict[str, tuple[str, ...]]] = {
     # Decoder of basal state and design; see `conditional_pair`.
-    "conditional_vae": (*_PLAIN, "model.latent_effect=false"),
+    "conditional_vae": (*_PLAIN, "model.combine=concat", "model.latent_effect=false"),
     # z + sum of embeddings, every one of them active: CPA-VAE as Bereket and Karaletsos have it.
     "cpa_vae": (*_PLAIN, "model.combine=sum", "model.mask_probability=0.999999"),
     # z + sum of masked embeddings.
-    "sams_vae": (*_PLAIN, "model.combine=sum", "model.mask_probability=0.01"),
+    "sams_vae": (*_PLAIN, "model.combine=sum"),
     "sams_vae_mean_field": (*_PLAIN, "model.combine=sum", "guide.family=mean_field"),
     # As Baek et al. describe it: one flag, library held, partners; mistakes corrected.
     "published_cradle": (
         *_PLAIN,
+        "model.combine=concat",
         "objective.counterfactual=partner",
         "objective.beta=0.5",
         "objective.particles=5",
@@ -115,8 +125,8 @@ CANDIDATES: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     ),
     "cradle": (
         (),
-        ("train.effect_learning_rate=1e-2",),
-        ("model.combine=sum",),
+        ("train.effect_learning_rate=3e-2",),
+        ("model.mask_probability=0.1",),
         ("model.n_latents=32",),
     ),
 }
@@ -157,20 +167,6 @@ def conditional_pair(
     return model, ConditionalGuide(model, config, statistics)
 
 
-def even_start_pair(
-    schema: Schema, config: Config, statistics: Statistics
-) -> tuple[Cradle, CradleGuide]:
-    """Return the standard pair, every mask's guide starting at one half instead of at the prior.
-
-    Where the masks are the only way to an effect and start closed, hardly any gradient reaches the
-    effects, and masks stay closed. Model and guide family are as configured.
-    """
-    model, guide = standard_pair(schema, config, statistics)
-    if guide.mask_logits is not None:
-        nn.init.zeros_(guide.mask_logits)
-    return model, guide
-
-
 def with_flags(data: CellData, flags: Flags) -> CellData:
     """Return the cells with each flag of its own, with one flag for any, or without flags."""
     if flags == "each" or not data.schema.n_artifacts:
@@ -201,6 +197,9 @@ class Trained:
         ``"passing"``: failing cells are discarded first, the usual practice; their flags go, too.
     flags
         How the model sees the flags: ``"each"``, one for ``"any"``, or ``"none"``.
+    assisted
+        Predictions for cells with given libraries are corrected by what passing training cells
+        show beyond the model (`shrunken_residuals`).
     """
 
     name: str
@@ -208,6 +207,7 @@ class Trained:
     pair: PairBuilder | None = None
     cells: Cells = "all"
     flags: Flags = "each"
+    assisted: bool = False
 
     def fit(self, data: CellData) -> FittedModel:
         """Return the posterior of the training cells; validation cells stop early.
@@ -223,7 +223,11 @@ class Trained:
             data, flags = data.subset(data.passing), "none"
         data = with_flags(data, flags)
         posterior = fit(data, self.config, pair=self.pair, progress=False)
-        return FittedModel(self.name, posterior, flags)
+        fitted = FittedModel(self.name, posterior, flags)
+        if not self.assisted:
+            return fitted
+        grouping = self.config.evaluation.grouping
+        return replace(fitted, residuals=shrunken_residuals(fitted, data, grouping))
 
 
 @dataclass(frozen=True)
@@ -238,11 +242,14 @@ class FittedModel:
         What was trained.
     flags
         How it sees the flags of cells; `see` shows cells in this way.
+    residuals
+        What is added to predictions with a `depth`, from `shrunken_residuals`.
     """
 
     name: str
     posterior: Posterior
     flags: Flags = "each"
+    residuals: FittedEffects | None = None
 
     def see(self, data: CellData) -> CellData:
         """Return cells with the flags that the model knows."""
@@ -251,9 +258,9 @@ class FittedModel:
     def predict(self, labels: Sequence[str], depth: Depth | None = None) -> np.ndarray:
         """Return the posterior mean of each label's direct effect, shape (labels, genes), log2.
 
-        With `depth`, of counts generated at these libraries; the control has no effect here
-        either, although generated counts of two groups of controls differ. Draws, cells and seed
-        are those of the configuration's ``evaluation``.
+        With `depth`, of counts generated at these libraries, plus the residuals if there are
+        any; the control has no effect here either, although generated counts of two groups of
+        controls differ. Draws, cells and seed are those of the configuration's ``evaluation``.
 
         Raises
         ------
@@ -273,6 +280,8 @@ class FittedModel:
             self.posterior, list(labels), *depth,
             draws=options.draws, n_cells=options.n_controls, seed=options.seed,
         )  # fmt: skip
+        if self.residuals is not None:
+            effects = effects + self.residuals.predict(labels, depth)
         return np.where(np.array(changes)[:, None], effects, 0.0)
 
     def generate(self, labels: Sequence[str], library: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -288,17 +297,55 @@ class FittedModel:
         for label in np.unique(names):
             rows = np.flatnonzero(names == label)
             act = do(perturbation=str(label), artifact=0, library=1.0)
-            rate[rows] = intervene(self.posterior, act, len(rows), seed=seed).layers["rate"]
+            rate[rows] = intervene(
+                self.posterior, act, len(rows), draws=min(len(rows), _DRAWS), seed=seed
+            ).layers["rate"]
         depth = torch.as_tensor(library, dtype=torch.float32)
         with seeded(seed), torch.no_grad():
             return self.posterior.model.likelihood(torch.as_tensor(rate), depth).sample().numpy()
 
 
+def shrunken_residuals(
+    fitted: FittedPredictor, data: CellData, grouping: Grouping = "label"
+) -> FittedEffects:
+    """Return what the passing training cells of each label show beyond a prediction.
+
+    The prediction for training cells, at their own libraries, is taken off their mean effect, and
+    the rest is shrunken by a sparse prior as effects are by `EmpiricalBayes`: noise goes, what the
+    model has wrong stays. A label without training cells gets the sum of its perturbations'. Added
+    to predictions at a depth, this makes them model-assisted: as cells get many they tend to the
+    mean of the cells, whatever is wrong with the model, and where cells are few, to the model.
+
+    References
+    ----------
+    Cassel, Sarndal and Wretman, "Some results on generalized difference estimation and generalized
+    regression estimation for finite populations", Biometrika 1976. Efron and Morris, "Data analysis
+    using Stein's estimator and its generalizations", JASA 1975.
+    """
+    train, control = training_cells(data), data.schema.control
+    groups = cell_groups(train, grouping, passing=True)
+    moments = training_moments(data, "passing", grouping, 1)
+    raw = raw_effects(moments, control, "mean_log")
+    zeros = np.zeros(data.schema.n_genes)
+    residuals = {}
+    if raw:
+        library = {label: train.library[rows] for label, rows in groups.items()}
+        depth = Depth([library[label] for label in raw], library[control])
+        left = np.stack(list(raw.values())) - fitted.predict(list(raw), depth)
+        noise = effect_standard_errors(moments, control, functional="mean_log")
+        found = shrink(left, noise.total, scale=noise.scale).mean
+        residuals = dict(zip(raw, found, strict=True))
+    return FittedEffects(
+        f"residuals of {fitted.name}",
+        data.schema,
+        effects={"mean_log": residuals, "log_mean": {}},
+        fallback={"mean_log": zeros, "log_mean": zeros},
+        control=control_cells(moments, control),
+    )
+
+
 PAIRS: Final[dict[str, PairBuilder]] = {
     "conditional_vae": conditional_pair,
-    "sams_vae": even_start_pair,
-    "sams_vae_mean_field": even_start_pair,
-    "published_cradle": even_start_pair,
 }
 """Kind to what builds its pair; the standard one for others. ``load`` needs it for a saved run."""
 
@@ -321,6 +368,7 @@ def make_predictor(
     config: Config | None = None,
     settings: Sequence[str] = (),
     cells: Cells | None = None,
+    assisted: bool = False,
 ) -> Predictor:
     """Return a predictor by its kind.
 
@@ -338,14 +386,21 @@ def make_predictor(
     cells
         Train on ``"all"`` cells or those ``"passing"``; by default passing cells for predictors
         without a network, which cannot tell artifacts, and all cells for those with one.
+    assisted
+        For predictors with a network: predictions for observed cells are model-assisted, see
+        `shrunken_residuals`.
 
     Raises
     ------
     ConfigError
-        If there is no such kind, or a setting is wrong.
+        If there is no such kind, a setting is wrong, or one without a network is to be assisted.
     """
     if kind not in KINDS:
         raise ConfigError(f"No predictor '{kind}'{near(kind, KINDS)}. Known: {', '.join(KINDS)}.")
+    if assisted and kind not in PEERS:
+        raise ConfigError(
+            f"only a model can be assisted, found kind '{kind}'; models: {', '.join(PEERS)}."
+        )
     config = (config or Config()).with_settings([*PEERS.get(kind, ()), *settings])
     if kind == "glm":
         return NegativeBinomialGLM(cells=cells or "passing", name=name or kind)
@@ -353,4 +408,4 @@ def make_predictor(
         grouping = config.evaluation.grouping
         return _SIMPLE[kind](cells=cells or "passing", grouping=grouping, name=name or kind)
     flags = _FLAGS.get(kind, "none")
-    return Trained(name or kind, config, PAIRS.get(kind), cells or "all", flags)
+    return Trained(name or kind, config, PAIRS.get(kind), cells or "all", flags, assisted)

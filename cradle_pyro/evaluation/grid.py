@@ -153,6 +153,8 @@ class GridPredictor(Part):
 
     `config`: a file whose sections model, guide, objective and train replace the screen's.
     `candidates`: lists of settings to choose from on validation cells, or "default".
+    `diagnostics`: as in `Benchmark`, whose value it overrides. `assisted`: predictions for
+    observed cells are corrected by what training cells show beyond the model.
     """
 
     name: Name
@@ -162,6 +164,8 @@ class GridPredictor(Part):
     cells: Cells | None = None
     candidates: tuple[tuple[str, ...], ...] | Literal["default"] = ()
     screens: tuple[str, ...] | None = None
+    diagnostics: bool | None = None
+    assisted: bool = False
 
 
 class Cell(NamedTuple):
@@ -181,9 +185,10 @@ class Benchmark(Part):
 
     `ours` names the predictor that is compared with every other. With `baselines` the simple
     predictors are added, unless the grid names them itself; ceilings always are. Predictors with
-    candidates must have equally many of them unless `unequal_budget`. With `effects`, predicted
-    and reference effects of every cell are kept for other scorers; with `cell_eval`, that program
-    scores generated cells, too.
+    candidates must have equally many of them unless `unequal_budget`. With `diagnostics`, models
+    are checked beside their effects: density, leakage, soundness, calibration. With `effects`,
+    predicted and reference effects of every cell are kept for other scorers. `cell_eval` names the
+    seeds under which that program scores generated cells, too.
     """
 
     name: Name
@@ -194,7 +199,7 @@ class Benchmark(Part):
     unequal_budget: bool = False
     diagnostics: bool = True
     effects: bool = False
-    cell_eval: bool = False
+    cell_eval: tuple[NonNegativeInt, ...] = ()
     screens: Annotated[tuple[GridScreen, ...], Field(min_length=1)]
     predictors: tuple[GridPredictor, ...] = ()
     folder: Path = Path()
@@ -228,6 +233,10 @@ class Benchmark(Part):
                 for seed in self.seeds:
                     for predictor in self.predictors_of(screen):
                         yield Cell(screen, split, seed, predictor)
+
+    def is_diagnosed(self, predictor: GridPredictor) -> bool:
+        """Return whether a predictor is checked beside its effects."""
+        return self.diagnostics if predictor.diagnostics is None else predictor.diagnostics
 
     def screen_config(self, screen: GridScreen, split: GridSplit, seed: int) -> Config:
         """Return the configuration of a screen under a split and a seed.
@@ -272,8 +281,9 @@ class Benchmark(Part):
         _check_screen_kept(base, config.with_settings(settings))
         cells = {} if spec.cells is None else {"cells": spec.cells}
         predictor = make_predictor(
-            spec.kind, name=spec.name, config=config, settings=settings, **cells
-        )
+            spec.kind, name=spec.name, config=config, settings=settings, assisted=spec.assisted,
+            **cells,
+        )  # fmt: skip
         return predictor, getattr(predictor, "config", config.with_settings(settings))
 
     def screen_path(self, screen: GridScreen) -> Path:

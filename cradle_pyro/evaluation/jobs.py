@@ -101,10 +101,10 @@ def cell_digest(benchmark: Benchmark, cell: Cell, chosen: Sequence[str]) -> str:
             "screen": _screen_content(benchmark, cell.screen),
             "base": base.model_dump(mode="json"),
             "config": config.model_dump(mode="json"),
-            "predictor": [predictor.name, predictor.kind, predictor.cells],
+            "predictor": [predictor.name, predictor.kind, predictor.cells, predictor.assisted],
             "seed": cell.seed,
-            "diagnostics": benchmark.diagnostics,
-            "cell_eval": benchmark.cell_eval,
+            "diagnostics": benchmark.is_diagnosed(predictor),
+            "cell_eval": cell.seed in benchmark.cell_eval,
         }
     )
 
@@ -134,10 +134,14 @@ def stored_digest(path: Path) -> str | None:
 
 @cache
 def source_digest() -> str:
-    """Return a digest of the package's own source, kept beside results but not part of theirs."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
+    """Return a digest of the source that results come from; kept beside them, not part of theirs.
+
+    The command line and the making of pages are left out: they change no number.
+    """
+    digest, root = hashlib.sha256(), Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] not in ("reporting", "cli.py", "workflow.py"):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -304,7 +308,8 @@ def _scored(
     fit_end = time.perf_counter()
     found = score(
         fitted, built.data, built.truth, options,
-        view=view, diagnostics=benchmark.diagnostics, outside=benchmark.cell_eval,
+        view=view, diagnostics=benchmark.is_diagnosed(cell.predictor),
+        outside=cell.seed in benchmark.cell_eval,
     )  # fmt: skip
     costs = {
         "seconds_to_fit": fit_end - start,

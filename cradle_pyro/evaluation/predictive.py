@@ -136,8 +136,9 @@ def generated_qc(
 ) -> GeneratedQC:
     """Return how often cells generated under do(artifact=0) pass QC, and how real they look.
 
-    Cells are generated with the perturbations and covariates of `test`, basal states from the
-    prior, libraries from the model (or, where it does not model them, of passing training cells).
+    Cells are generated with the perturbations of `test`, basal states and covariates of abducted
+    training controls (as :func:`~cradle_pyro.intervene` does by default), and libraries from the
+    model (or, where it does not model them, of passing training cells).
     Thresholds are fitted on real training cells, at 3, 4 and 5 MADs, on the kept genes.
     """
     generated = _generate_passing(posterior, train, test, seed=seed, chunk=chunk)
@@ -164,11 +165,15 @@ def _generate_passing(
 ) -> np.ndarray:
     counts = np.empty((test.n_cells, posterior.schema.n_genes), dtype=np.float32)
     passing = torch.as_tensor(train.library[train.passing])
-    n_latents = posterior.config.model.n_latents
+    controls = posterior.reference
     with seeded(seed), torch.no_grad():
         for start in range(0, test.n_cells, chunk):
             rows = np.arange(start, min(start + chunk, test.n_cells))
-            batch = test.batch(rows, device=posterior.device).replace(artifact_observed=None)
+            chosen = torch.randint(len(controls.library), (len(rows),))
+            batch = test.batch(rows, device=posterior.device).replace(
+                artifact_observed=None,
+                covariates=controls.covariates[chosen].to(posterior.device),
+            )
             acts = {
                 sites.ARTIFACT: torch.zeros_like(batch.artifact),
                 sites.PERTURBATION: batch.perturbation,
@@ -176,7 +181,8 @@ def _generate_passing(
             if not posterior.model.has_depth_shift:
                 depth = passing[torch.randint(len(passing), (len(rows),))]
                 acts[sites.LIBRARY] = depth.to(posterior.device)
-            z_basal = torch.randn(len(rows), n_latents, device=posterior.device)
+            z_basal = torch.normal(controls.loc[chosen], controls.scale[chosen])
+            z_basal = z_basal.to(posterior.device)
             latents = draw_latents(posterior.guide, batch) | {sites.Z_BASAL: z_basal}
             counts[rows] = run_world(posterior.model, batch, latents, acts)[sites.COUNTS].cpu()
     return counts

@@ -43,7 +43,7 @@ __all__ = [
     "save",
 ]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _CONFIG, _MANIFEST = "config.toml", "manifest.json"
 _WEIGHTS, _HISTORY = "model.safetensors", "history.csv"
 _VERSIONS = ("cradle-pyro", "torch", "pyro-ppl", "anndata", "scanpy", "numpy", "lightning")

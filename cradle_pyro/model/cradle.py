@@ -347,6 +347,8 @@ class Cradle(nn.Module):
         states = [z_basal, perturbation_shift, artifact_shift]
         if self.config.combine == "sum":
             states = [z_basal + perturbation_shift + artifact_shift]
+        elif self.config.combine == "shift":
+            states = [z_basal + perturbation_shift, artifact_shift]
         if self.schema.n_covariate_levels:
             states.append(covariates)
         logits = self.decoder(*states)
@@ -359,7 +361,7 @@ class Cradle(nn.Module):
 
     def _make_decoder(self, statistics: Statistics) -> Decoder:
         config, schema = self.config, self.schema
-        states = [config.n_latents] * (1 if config.combine == "sum" else 3)
+        states = [config.n_latents] * {"sum": 1, "shift": 2, "concat": 3}[config.combine]
         if schema.n_covariate_levels:
             states.append(schema.n_covariate_levels)
         n_outputs = schema.n_genes + schema.has_rest

@@ -168,6 +168,7 @@ class CradleGuide(nn.Module):
         self.n_cells = model.n_cells
         self.n_latents = n_latents
         self.structured = structured
+        self.is_centred = structured and model.config.combine != "concat"
         self.register_buffer("combinations", statistics.combinations.clone())
         self.expression = ExpressionInput(statistics, take_log=model.config.likelihood != "normal")
         self._add_perturbation_parts(model, config)
@@ -269,14 +270,25 @@ class CradleGuide(nn.Module):
         return failing * sample(sites.Z_ARTIFACT, gated.to_event(1))
 
     def basal_state(self, batch: Batch, expression: Tensor, context: list[Tensor]) -> Tensor:
-        """Sample z_basal given the expression and what acts on the cell."""
-        return sample(sites.Z_BASAL, self._encode(self.z_basal, batch, expression, context))
+        """Sample z_basal given the expression and what acts on the cell.
+
+        Where the decoder sees the sum of z_basal and the perturbation's shift, the encoder tells
+        that sum, and the shift is taken off its location. So moving a shift changes no cell's
+        reconstruction, and its gradient is that of the divergence: how far the cells of the
+        perturbation lie from where basal states are.
+        """
+        found = self._encode(self.z_basal, batch, expression, context)
+        if self.is_centred:
+            normal = found.base_dist
+            found = dist.Normal(normal.loc - context[0], normal.scale).to_event(1)
+        return sample(sites.Z_BASAL, found)
 
     def _add_perturbation_parts(self, model: Cradle, config: GuideConfig) -> None:
         schema, n_latents = model.schema, model.config.n_latents
         self.mask_logits = self.effect = None
         if model.config.latent_effect:
-            share = model.config.mask_probability
+            # Undecided: a mask that starts closed hides its effect from the gradient, and stays so.
+            share = max(model.config.mask_probability, 0.5)
             start = torch.full((schema.n_perturbations, n_latents), math.log(share / (1 - share)))
             self.mask_logits = nn.Parameter(start)
             effect = MaskedEffect if self.structured else FreeEffect
