@@ -330,7 +330,8 @@ def benchmark(
     found = run_benchmark(grid, out, workers=workers, progress=not quiet, say=console.print)
     page = write_benchmark_report(grid, found, out)
     console.print(
-        f"Wrote {out}: scores.csv, normalised.csv, comparisons.csv, report.md, {page.name}."
+        f"Wrote {out}: scores.csv, labels.csv, normalised.csv, comparisons.csv, report.md, "
+        f"{page.name}."
     )
     if found.failures:
         errors = Console(stderr=True, highlight=False, soft_wrap=True)

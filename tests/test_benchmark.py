@@ -366,10 +366,16 @@ def test_ceilings_and_baselines_are_in_every_block(done):
 
 def test_tables_are_written_as_they_are_returned(done):
     _, result, out = done
-    for name in ("scores", "normalised", "comparisons"):
+    is_pooled = result.scores["label"] == ""
+    for name, expected in {
+        "scores": result.scores[is_pooled].drop(columns="label"),
+        "labels": result.scores[~is_pooled],
+        "normalised": result.normalised,
+        "comparisons": result.comparisons,
+    }.items():
         table = pd.read_csv(out / f"{name}.csv", keep_default_na=False, na_values=[""])
-        assert list(table.columns) == list(getattr(result, name).columns)
-        assert len(table) == len(getattr(result, name))
+        assert list(table.columns) == list(expected.columns)
+        assert len(table) == len(expected) > 0
     others = set(result.comparisons["other"])
     assert others == {"no_change", *BASELINES} - {"cradle", "ceiling"}
     # A score that is not defined in a seed, as one label's discrimination, is left out there.
@@ -537,8 +543,8 @@ def test_the_command_writes_everything_and_exits_with_one_after_a_failure(
         printed = capsys.readouterr()
         assert "simulated/default/0/cradle: ZeroDivisionError" in printed.err
     assert cli.app(arguments) == 0
-    files = ("scores.csv", "normalised.csv", "comparisons.csv", "report.md", "report.html")
-    assert all((tmp_path / "out" / name).is_file() for name in files)
+    tables = ("scores.csv", "labels.csv", "normalised.csv", "comparisons.csv")
+    assert all((tmp_path / "out" / name).is_file() for name in (*tables, "report.md", "report.html"))
     path.write_text(changed("seeds = [0, 1]", "sedes = [0]"))
     assert cli.app(arguments) == 2
     assert "did you mean 'seeds'" in capsys.readouterr().err

@@ -172,7 +172,7 @@ def replace_weights(run):
         (shutil.rmtree, "Expected a run directory with manifest"),
         (
             lambda run: edit_manifest(run, lambda m: m.update(format_version=99)),
-            "has format 99; this version of cradle-pyro reads up to 3. Update cradle-pyro",
+            "has format 99; this version of cradle-pyro reads up to 4. Update cradle-pyro",
         ),
         (
             lambda run: edit_manifest(run, lambda m: m.update(format_version=1)),

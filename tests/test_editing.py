@@ -58,7 +58,7 @@ def data_of(name: str) -> cp.CellData:
 
 @cache
 def edited(name: str) -> Posterior:
-    settings = (*SETTINGS[name], "train.max_epochs=3")
+    settings = (*SETTINGS[name], "train.max_epochs=6")
     return make_fit(*settings, data=data_of(name), pair=getattr(edits, name))
 
 

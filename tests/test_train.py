@@ -92,7 +92,8 @@ def test_training_and_validation_are_in_the_same_unit(counterfactual):
     for term in ("effect_mask", "artifact_effect", "artifact_risk", "depth_shift"):  # closed forms
         assert history[f"train_{term}"] == pytest.approx(history[f"val_{term}"], rel=1e-4)
     for term in ("counts", "library", "artifact", "z_basal", "loss"):
-        assert history[f"train_{term}"] == pytest.approx(history[f"val_{term}"], rel=0.05)
+        expected = pytest.approx(history[f"val_{term}"], rel=0.05, abs=0.01)
+        assert history[f"train_{term}"] == expected
 
 
 @pytest.mark.parametrize("batch_size", [16, N_CELLS])

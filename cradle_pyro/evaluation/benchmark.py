@@ -88,8 +88,8 @@ def run_benchmark(
     benchmark
         From :func:`~cradle_pyro.evaluation.grid_file.read_benchmark`.
     out
-        Directory for ``cells``, ``tuning``, ``scores.csv``, ``normalised.csv`` and
-        ``comparisons.csv``. Cells that it holds already are kept if they still fit.
+        Directory for ``cells``, ``tuning``, ``scores.csv`` (all labels together), ``labels.csv``
+        (each by itself), ``normalised.csv`` and ``comparisons.csv``. Cells that it holds already are kept if they still fit.
     workers
         Processes at a time, each on one thread. 0: everything in this process. Results do not
         depend on it.
@@ -316,18 +316,18 @@ def _collect(
     benchmark: Benchmark, out: Path, choices: pd.DataFrame, failures: dict[str, str]
 ) -> BenchmarkResult:
     """Gather all cells that fit the grid, and write the tables."""
-    tables = []
+    found = []
     for cell in benchmark.cells():
         place = Place(out, cell)
         if str(cell) in failures or not place.table.is_file():
             continue
         table = pd.read_csv(place.table, keep_default_na=False, na_values={"value": ["", "nan"]})
         own = dict(zip(KEYS, str(cell).split("/"), strict=True)) | {"seed": cell.seed}
-        tables.append(table.assign(**own))
-    if not tables:
+        found.append(table.assign(**own))
+    if not found:
         first = next(iter(failures.values()), "nothing was computed")
         raise DataError(f"No cell of the benchmark could be computed: {first}")
-    scores = pd.concat(tables, ignore_index=True)
+    scores = pd.concat(found, ignore_index=True)
     n_sources = scores["source"].nunique()
     columns = [*KEYS, *(c for c in scores.columns if c not in (*KEYS, "digest", "source"))]
     scores = scores[columns]
@@ -341,7 +341,14 @@ def _collect(
         without=[CEILING_KIND],
     )
     result = BenchmarkResult(scores, normalised, comparisons, choices, failures, n_sources)
-    for name in ("scores", "normalised", "comparisons"):
-        text = getattr(result, name).to_csv(index=False, float_format="%.7g")
+    is_pooled = scores["label"] == ""
+    tables = {
+        "scores": scores[is_pooled].drop(columns="label"),
+        "labels": scores[~is_pooled],
+        "normalised": normalised,
+        "comparisons": comparisons,
+    }
+    for name, table in tables.items():
+        text = table.to_csv(index=False, float_format="%.7g")
         write_text_atomic(out / f"{name}.csv", text)
     return result

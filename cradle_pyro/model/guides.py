@@ -275,12 +275,14 @@ class CradleGuide(nn.Module):
         Where the decoder sees the sum of z_basal and the perturbation's shift, the encoder tells
         that sum, and the shift is taken off its location. So moving a shift changes no cell's
         reconstruction, and its gradient is that of the divergence: how far the cells of the
-        perturbation lie from where basal states are.
+        perturbation lie from where basal states are. An encoder of another family than the Normal
+        tells the basal state itself.
         """
         found = self._encode(self.z_basal, batch, expression, context)
-        if self.is_centred:
+        if self.is_centred and isinstance(found, dist.Independent):
             normal = found.base_dist
-            found = dist.Normal(normal.loc - context[0], normal.scale).to_event(1)
+            if isinstance(normal, dist.Normal):
+                found = dist.Normal(normal.loc - context[0], normal.scale).to_event(1)
         return sample(sites.Z_BASAL, found)
 
     def _add_perturbation_parts(self, model: Cradle, config: GuideConfig) -> None:
