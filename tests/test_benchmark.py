@@ -544,7 +544,8 @@ def test_the_command_writes_everything_and_exits_with_one_after_a_failure(
         assert "simulated/default/0/cradle: ZeroDivisionError" in printed.err
     assert cli.app(arguments) == 0
     tables = ("scores.csv", "labels.csv", "normalised.csv", "comparisons.csv")
-    assert all((tmp_path / "out" / name).is_file() for name in (*tables, "report.md", "report.html"))
+    files = (*tables, "report.md", "report.html")
+    assert all((tmp_path / "out" / name).is_file() for name in files)
     path.write_text(changed("seeds = [0, 1]", "sedes = [0]"))
     assert cli.app(arguments) == 2
     assert "did you mean 'seeds'" in capsys.readouterr().err

@@ -89,7 +89,8 @@ def run_benchmark(
         From :func:`~cradle_pyro.evaluation.grid_file.read_benchmark`.
     out
         Directory for ``cells``, ``tuning``, ``scores.csv`` (all labels together), ``labels.csv``
-        (each by itself), ``normalised.csv`` and ``comparisons.csv``. Cells that it holds already are kept if they still fit.
+        (each by itself), ``normalised.csv`` and ``comparisons.csv``. Cells that it holds already
+        are kept if they still fit.
     workers
         Processes at a time, each on one thread. 0: everything in this process. Results do not
         depend on it.
