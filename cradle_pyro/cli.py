@@ -312,6 +312,9 @@ def benchmark(
         Optional[Path],
         typer.Option("--screens", help="Folder with the screens; default $CRADLE_SCREENS."),
     ] = None,
+    gather: Annotated[
+        bool, typer.Option("--gather", help="Compute nothing: tables of what is there so far.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare predictors on screens over splits and seeds, and write tables and a page.
@@ -321,13 +324,16 @@ def benchmark(
 
     Example: cradle-pyro benchmark --config configs/benchmarks/smoke.toml --out tables/smoke
     """
-    from cradle_pyro.evaluation.benchmark import run_benchmark
+    from cradle_pyro.evaluation.benchmark import gather_benchmark, run_benchmark
     from cradle_pyro.evaluation.grid_file import read_benchmark
     from cradle_pyro.reporting.benchmark_page import write_benchmark_report
 
     console = _console(quiet)
     grid = read_benchmark(config, screens=screens)
-    found = run_benchmark(grid, out, workers=workers, progress=not quiet, say=console.print)
+    if gather:
+        found = gather_benchmark(grid, out)
+    else:
+        found = run_benchmark(grid, out, workers=workers, progress=not quiet, say=console.print)
     page = write_benchmark_report(grid, found, out)
     console.print(
         f"Wrote {out}: scores.csv, labels.csv, normalised.csv, comparisons.csv, report.md, "

@@ -24,7 +24,7 @@ from cradle_pyro.data.fields import write_h5ad_atomic
 from cradle_pyro.errors import ConfigError, CradleError, DataError, TrainingError
 from cradle_pyro.evaluation import benchmark as running
 from cradle_pyro.evaluation import jobs, processes
-from cradle_pyro.evaluation.benchmark import read_parts, run_benchmark
+from cradle_pyro.evaluation.benchmark import gather_benchmark, read_parts, run_benchmark
 from cradle_pyro.evaluation.comparisons import rank_agreement
 from cradle_pyro.evaluation.evaluate import evaluate
 from cradle_pyro.evaluation.grid import Benchmark
@@ -428,8 +428,16 @@ def test_a_benchmark_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch
         run(path, tmp_path / "out")
     first = list(worked)
     assert 0 < len(first) < 16
+    so_far = gather_benchmark(read_benchmark(path), tmp_path / "out")
+    keys = ["split", "seed", "predictor"]
+    assert len(so_far.scores[keys].drop_duplicates()) == len(first)
+    assert len(worked) == len(first)
+    assert not so_far.failures
     said = []
     result = run(path, tmp_path / "out", say=said.append)
+    pd.testing.assert_frame_equal(
+        gather_benchmark(read_benchmark(path), tmp_path / "out").comparisons, result.comparisons
+    )
     assert sorted(worked) == sorted({*worked})
     assert len(worked) == 16
     assert any(f"{len(first)} of 16 cells are there already" in line for line in said)

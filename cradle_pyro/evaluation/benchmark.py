@@ -41,7 +41,9 @@ from cradle_pyro.evaluation.scoring import reference_blocks
 from cradle_pyro.evaluation.screens import build_screen, check_screen, check_split
 from cradle_pyro.queries.progress import progress_bar
 
-__all__ = ["BenchmarkResult", "read_parts", "run_benchmark"]
+__all__ = ["BenchmarkResult", "gather_benchmark", "read_parts", "run_benchmark"]
+
+_CHOICE_COLUMNS = ["screen", "predictor", "settings", "density", "n_candidates", "n_failed"]
 
 KEYS = ("screen", "split", "seed", "predictor")
 
@@ -147,6 +149,27 @@ def run_benchmark(
     return _collect(benchmark, out, choices, failures)
 
 
+def gather_benchmark(benchmark: Benchmark, out: str | Path) -> BenchmarkResult:
+    """Write and return the tables of the cells that are there and still fit; compute none.
+
+    Raises
+    ------
+    DataError
+        If there is no such cell, or the tables cannot be written.
+    """
+    out = Path(out)
+    _prepare_folder(out)
+    stored = [_read_choice(out, *one) for one in _tuned_predictors(benchmark)]
+    choices = pd.DataFrame([one for one in stored if one], columns=_CHOICE_COLUMNS)
+    missing = {
+        str(cell): "not computed yet"
+        for cell in benchmark.cells()
+        if stored_digest(Place(out, cell).table)
+        != cell_digest(benchmark, cell, _chosen(choices, cell))
+    }
+    return _collect(benchmark, out, choices, missing)._replace(failures={})
+
+
 def read_parts(benchmark: Benchmark, out: str | Path) -> dict[tuple[object, ...], LabelParts]:
     """Return what the scores of effects are made of, for all cells that are done.
 
@@ -207,12 +230,7 @@ def _tuned(
     say: Callable[[str], object],
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], str]]:
     """Check the screens that have work to do, then choose settings; return choices and failures."""
-    tuned = [
-        (screen, predictor)
-        for screen in benchmark.screens
-        for predictor in benchmark.predictors_of(screen)
-        if predictor.candidates and screen.tuned_on is None
-    ]
+    tuned = _tuned_predictors(benchmark)
     tasks = []
     for screen, predictor in tuned:
         for number, settings in enumerate(candidates_of(predictor)):
@@ -230,8 +248,26 @@ def _tuned(
             rows.append(_choice(benchmark, out, screen, predictor, reasons))
         except DataError as error:
             failed[screen.name, predictor.name] = str(error)
-    columns = ["screen", "predictor", "settings", "density", "n_candidates", "n_failed"]
-    return pd.DataFrame(rows, columns=columns), failed
+    return pd.DataFrame(rows, columns=_CHOICE_COLUMNS), failed
+
+
+def _tuned_predictors(benchmark: Benchmark) -> list[tuple[GridScreen, GridPredictor]]:
+    return [
+        (screen, predictor)
+        for screen in benchmark.screens
+        for predictor in benchmark.predictors_of(screen)
+        if predictor.candidates and screen.tuned_on is None
+    ]
+
+
+def _choice_path(out: Path, screen: GridScreen, predictor: GridPredictor) -> Path:
+    return out / "tuning" / screen.name / f"{predictor.name}.json"
+
+
+def _read_choice(out: Path, screen: GridScreen, predictor: GridPredictor) -> dict[str, Any] | None:
+    """Return a choice that was made before; None without one."""
+    path = _choice_path(out, screen, predictor)
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def _choice(
@@ -260,8 +296,7 @@ def _choice(
         "n_candidates": len(tried),
         "n_failed": len(tried) - len(usable),
     }
-    path = out / "tuning" / screen.name / f"{predictor.name}.json"
-    write_text_atomic(path, json.dumps(choice, indent=1))
+    write_text_atomic(_choice_path(out, screen, predictor), json.dumps(choice, indent=1))
     return choice
 
 

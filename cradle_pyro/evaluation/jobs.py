@@ -47,6 +47,11 @@ __all__ = [
 ]
 
 _FORMAT = 1
+_RUNNERS = (
+    "cli.py",
+    "workflow.py",
+    *(f"evaluation/{name}.py" for name in ("benchmark", "comparisons", "grid_file", "processes")),
+)
 _DISTRIBUTIONS = ("cradle-pyro", "numpy", "torch")
 
 
@@ -136,11 +141,12 @@ def stored_digest(path: Path) -> str | None:
 def source_digest() -> str:
     """Return a digest of the source that results come from; kept beside them, not part of theirs.
 
-    The command line and the making of pages are left out: they change no number.
+    What runs the tasks and makes tables and pages is left out: it changes no score of a cell.
     """
     digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
-        if path.relative_to(root).parts[0] not in ("reporting", "cli.py", "workflow.py"):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith("reporting/") and name not in _RUNNERS:
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
