@@ -8,7 +8,12 @@ import pytest
 from scipy import stats
 
 from cradle_pyro.errors import DataError
-from cradle_pyro.evaluation.comparisons import COMPARISON_COLUMNS, compare, normalise
+from cradle_pyro.evaluation.comparisons import (
+    COMPARISON_COLUMNS,
+    compare,
+    normalise,
+    rank_agreement,
+)
 from cradle_pyro.evaluation.metrics import score_effects
 from cradle_pyro.evaluation.paired import (
     EFFECT_METRICS,
@@ -252,3 +257,22 @@ def test_shares_of_the_way_to_the_ceiling():
     assert found["ate_rho", "ceiling"] == pytest.approx(1)
     # No ceiling, or one that is no better than the floor: no share.
     assert not {"ate_r2", "jaccard_top20"} & set(found.index.get_level_values("metric"))
+
+
+def test_another_programs_ranks_are_compared_where_it_was_asked():
+    rows = []
+    for i, name in enumerate(["a", "b", "c", "d"]):
+        rows.append((*place(0, name, "cells", "seen", "", "ate_rho_per_perturbation"), i))
+        rows.append((*place(0, name, "cells", "seen", "", "mae"), -i))
+        # Under a seed that the other program has not seen, ranks are upside down.
+        rows.append((*place(1, name, "cells", "seen", "", "ate_rho_per_perturbation"), -100 * i))
+        rows.append((*place(0, name, "cell-eval", "seen", "", "pearson_delta"), 10 + i**3))
+        rows.append((*place(0, name, "cell-eval", "seen", "", "mae_delta"), [0, 1, 2, 9][i]))
+    found = rank_agreement(make_scores(rows)).set_index("metric")
+    assert set(found.index) == {"ate_rho_per_perturbation", "mae"}
+    assert found.loc["ate_rho_per_perturbation", "spearman"] == pytest.approx(1)
+    assert found.loc["mae", "spearman"] == pytest.approx(-1)
+    assert found.loc["mae", ["best_here", "best_there"]].tolist() == ["d", "a"]
+    assert set(found["n_predictors"]) == {4}
+    fewer = rank_agreement(make_scores(rows), without=["d"]).set_index("metric")
+    assert fewer.loc["mae", "best_here"] == "c"

@@ -139,10 +139,13 @@ def rank_agreement(scores: pd.DataFrame, *, without: Sequence[str] = ()) -> pd.D
     -------
     pandas.DataFrame
         For each screen, set of labels and pair of metrics of one idea: ``spearman``, the rank
-        correlation of the predictors' means over splits and seeds (signs such that one is
-        agreement), ``n_predictors``, and ``best_here`` and ``best_there``.
+        correlation of the predictors' means over the splits and seeds that cell-eval has seen
+        (signs such that one is agreement), ``n_predictors``, and ``best_here`` and ``best_there``.
     """
     pooled = scores[(scores["label"] == "") & ~scores["predictor"].isin(without)]
+    places = ["screen", "split", "seed"]
+    both_scored = pooled.loc[pooled["reference"] == "cell-eval", places].drop_duplicates()
+    pooled = pooled.merge(both_scored, on=places)
     rows = []
     for (screen, labels), block in pooled.groupby(["screen", "labels"], sort=False):
         columns = ["reference", "metric"]
