@@ -138,6 +138,8 @@ def run_benchmark(
             runnable.append(cell)
         else:
             failures[str(cell)] = reason
+    # Seed by seed, so that a grid that is stopped has something of every screen.
+    runnable.sort(key=lambda cell: benchmark.seeds.index(cell.seed))
     tasks = [
         ScoreTask(benchmark, out, tuple(some), tuple(_chosen(choices, cell) for cell in some))
         for some in _together(runnable)
