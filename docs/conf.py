@@ -37,7 +37,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "_templates", "results/preface.md", "**.ipynb_checkpoints"]
+exclude_patterns = ["_build", "_templates", "**.ipynb_checkpoints"]
 highlight_language = "none"
 
 autosummary_generate = True

@@ -4,7 +4,7 @@
 
 Prints one line per figure and seed, and writes them to ``queries.csv`` beside this file. The
 screen is read from ``../shared/data`` (or ``$CRADLE_SCREENS``). Figures on the simulated screen
-are part of ``make_results.py demo``.
+are part of the benchmark (``main``).
 """
 
 from __future__ import annotations
