@@ -275,28 +275,27 @@ def test_residuals_mend_what_is_clearly_wrong_and_leave_what_is_noise() -> None:
     error = np.zeros(data.schema.n_genes)
     error[:5] = 3.0
     residuals = shrunken_residuals(Wrong(data, error), data)
-    mended = Wrong(data, error).predict(singles, depth) + residuals.predict(singles, depth)
+    mended = Wrong(data, error).predict(singles, depth) + residuals.of(singles)
     np.testing.assert_allclose(mended[:, :5], mean.predict(singles, depth)[:, :5], atol=0.3)
     # A model that is right but for noise stays as it is.
     rng = np.random.default_rng(0)
     noise = 0.02 * rng.normal(size=data.schema.n_genes)
-    nothing = shrunken_residuals(Wrong(data, noise), data).predict(singles, depth)
+    nothing = shrunken_residuals(Wrong(data, noise), data).of(singles)
     assert np.abs(nothing).max() < 0.03
 
 
-def test_residuals_of_a_pair_never_seen_are_those_of_its_members() -> None:
+def test_residuals_of_a_pair_never_seen_add_up_and_count_what_all_share_once() -> None:
     data = screen_of_many_cells()
     pair = next(label for label in np.unique(data.labels) if "+" in label)
     data = data.subset(data.labels != pair)
     error = np.zeros(data.schema.n_genes)
     error[:5] = 3.0
-    depth = Depth([data.library], data.library)
     found = shrunken_residuals(Wrong(data, error), data)
-    parts = [found.predict([name], depth) for name in pair.split("+")]
-    np.testing.assert_allclose(found.predict([pair], depth), np.sum(parts, axis=0))
-    assert not found.predict(["control"], depth).any()
-    # Expected profiles are the model's own.
-    assert not found.predict([pair]).any()
+    first, second = (found.of([name])[0] for name in pair.split("+"))
+    np.testing.assert_allclose(found.of([pair])[0], first + second - found.shared)
+    # All labels are wrong alike here: so is the pair.
+    np.testing.assert_allclose(found.of([pair])[0, :5], -3.0, atol=0.2)
+    assert not found.of(["control"]).any()
 
 
 def test_only_predictions_for_observed_cells_are_assisted() -> None:
@@ -307,7 +306,7 @@ def test_only_predictions_for_observed_cells_are_assisted() -> None:
     both = [*labels, "control"]
     depth = Depth([data.library] * len(both), data.library)
     change = assisted.predict(both, depth) - plain.predict(both, depth)
-    expected = assisted.residuals.predict(labels, depth)
+    expected = assisted.residuals.of(labels)
     assert expected.any()
     np.testing.assert_allclose(change[:-1], expected, atol=1e-6)
     assert not change[-1].any()

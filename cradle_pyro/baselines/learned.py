@@ -7,7 +7,7 @@ says, by `fit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -23,11 +23,9 @@ from cradle_pyro.baselines.simple import (
     Additive,
     Cells,
     EmpiricalBayes,
-    FittedEffects,
     GlobalMean,
     NoChange,
     TrainingMean,
-    control_cells,
     effect_standard_errors,
     raw_effects,
     training_cells,
@@ -231,6 +229,41 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Residuals:
+    """What training cells show beyond a model, by label.
+
+    Parameters
+    ----------
+    schema
+        Names of the screen.
+    own
+        Residual effect of each label with training cells, each of shape (genes,), log2 units.
+    shared
+        What all labels have in common: the control's part, which is in every effect once.
+    """
+
+    schema: Schema
+    own: Mapping[str, np.ndarray]
+    shared: np.ndarray
+
+    def of(self, labels: Sequence[str]) -> np.ndarray:
+        """Return the residual of each label, shape (labels, genes).
+
+        That of a label without training cells is the sum of its perturbations', what they share
+        counted once; a perturbation without cells adds nothing to it.
+        """
+        return np.stack([self._of(label) for label in labels])
+
+    def _of(self, label: str) -> np.ndarray:
+        if label in self.own:
+            return self.own[label]
+        parts = [self.own[name] for name in label.split(self.schema.delimiter) if name in self.own]
+        if not parts:
+            return np.zeros_like(self.shared)
+        return self.shared + np.sum([part - self.shared for part in parts], axis=0)
+
+
+@dataclass(frozen=True)
 class FittedModel:
     """A posterior as a predictor.
 
@@ -249,7 +282,7 @@ class FittedModel:
     name: str
     posterior: Posterior
     flags: Flags = "each"
-    residuals: FittedEffects | None = None
+    residuals: Residuals | None = None
 
     def see(self, data: CellData) -> CellData:
         """Return cells with the flags that the model knows."""
@@ -281,7 +314,7 @@ class FittedModel:
             draws=options.draws, n_cells=options.n_controls, seed=options.seed,
         )  # fmt: skip
         if self.residuals is not None:
-            effects = effects + self.residuals.predict(labels, depth)
+            effects = effects + self.residuals.of(labels)
         return np.where(np.array(changes)[:, None], effects, 0.0)
 
     def generate(self, labels: Sequence[str], library: np.ndarray, *, seed: int = 0) -> np.ndarray:
@@ -307,14 +340,14 @@ class FittedModel:
 
 def shrunken_residuals(
     fitted: FittedPredictor, data: CellData, grouping: Grouping = "label"
-) -> FittedEffects:
+) -> Residuals:
     """Return what the passing training cells of each label show beyond a prediction.
 
     The prediction for training cells, at their own libraries, is taken off their mean effect, and
     the rest is shrunken by a sparse prior as effects are by `EmpiricalBayes`: noise goes, what the
-    model has wrong stays. A label without training cells gets the sum of its perturbations'. Added
-    to predictions at a depth, this makes them model-assisted: as cells get many they tend to the
-    mean of the cells, whatever is wrong with the model, and where cells are few, to the model.
+    model has wrong stays. Added to predictions at a depth, this makes them model-assisted: as cells
+    get many they tend to the mean of the cells, whatever is wrong with the model, and where cells
+    are few, to the model.
 
     References
     ----------
@@ -326,22 +359,14 @@ def shrunken_residuals(
     groups = cell_groups(train, grouping, passing=True)
     moments = training_moments(data, "passing", grouping, 1)
     raw = raw_effects(moments, control, "mean_log")
-    zeros = np.zeros(data.schema.n_genes)
-    residuals = {}
-    if raw:
-        library = {label: train.library[rows] for label, rows in groups.items()}
-        depth = Depth([library[label] for label in raw], library[control])
-        left = np.stack(list(raw.values())) - fitted.predict(list(raw), depth)
-        noise = effect_standard_errors(moments, control, functional="mean_log")
-        found = shrink(left, noise.total, scale=noise.scale).mean
-        residuals = dict(zip(raw, found, strict=True))
-    return FittedEffects(
-        f"residuals of {fitted.name}",
-        data.schema,
-        effects={"mean_log": residuals, "log_mean": {}},
-        fallback={"mean_log": zeros, "log_mean": zeros},
-        control=control_cells(moments, control),
-    )
+    if not raw:
+        return Residuals(data.schema, {}, np.zeros(data.schema.n_genes))
+    library = {label: train.library[rows] for label, rows in groups.items()}
+    depth = Depth([library[label] for label in raw], library[control])
+    left = np.stack(list(raw.values())) - fitted.predict(list(raw), depth)
+    noise = effect_standard_errors(moments, control, functional="mean_log")
+    found = shrink(left, noise.total, scale=noise.scale).mean
+    return Residuals(data.schema, dict(zip(raw, found, strict=True)), found.mean(axis=0))
 
 
 PAIRS: Final[dict[str, PairBuilder]] = {
