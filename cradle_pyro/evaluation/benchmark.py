@@ -33,6 +33,7 @@ from cradle_pyro.evaluation.jobs import (
     Place,
     ScoreTask,
     cell_digest,
+    read_json,
     stored_digest,
 )
 from cradle_pyro.evaluation.paired import LabelParts
@@ -161,7 +162,7 @@ def gather_benchmark(benchmark: Benchmark, out: str | Path) -> BenchmarkResult:
     """
     out = Path(out)
     _prepare_folder(out)
-    stored = [_read_choice(out, *one) for one in _tuned_predictors(benchmark)]
+    stored = [read_json(_choice_path(out, *one)) for one in _tuned_predictors(benchmark)]
     choices = pd.DataFrame([one for one in stored if one], columns=_CHOICE_COLUMNS)
     missing = {
         str(cell): "not computed yet"
@@ -264,12 +265,6 @@ def _tuned_predictors(benchmark: Benchmark) -> list[tuple[GridScreen, GridPredic
 
 def _choice_path(out: Path, screen: GridScreen, predictor: GridPredictor) -> Path:
     return out / "tuning" / screen.name / f"{predictor.name}.json"
-
-
-def _read_choice(out: Path, screen: GridScreen, predictor: GridPredictor) -> dict[str, Any] | None:
-    """Return a choice that was made before; None without one."""
-    path = _choice_path(out, screen, predictor)
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def _choice(

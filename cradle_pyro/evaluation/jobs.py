@@ -43,6 +43,7 @@ __all__ = [
     "ScoreTask",
     "candidate_digest",
     "cell_digest",
+    "read_json",
     "stored_digest",
 ]
 
@@ -245,11 +246,11 @@ class CandidateTask(NamedTuple):
 
     def is_done(self) -> bool:
         """Return whether a density of the same digest is there."""
-        return _read_json(self.path).get("digest") == candidate_digest(self)
+        return read_json(self.path).get("digest") == candidate_digest(self)
 
     def density(self) -> float:
         """Return the mean density of validation cells, nats per cell."""
-        return float(_read_json(self.path)["density"])
+        return float(read_json(self.path)["density"])
 
     def run(self) -> None:
         """Train on training cells and judge by validation cells; test cells are not there."""
@@ -351,19 +352,21 @@ def _write_cell(
     rows = rows.assign(digest=digest, source=source_digest())
     place.folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, np.ndarray] = {}
-    effects: dict[str, np.ndarray] = {"genes": np.asarray(found.genes, dtype=str)}
+    effects: dict[str, np.ndarray] = {}
     for one in found.predictions:
         block = f"{one.reference}/{one.labels}"
         names = np.asarray(one.names, dtype=str)
         own = label_parts(Judged(one.names, one.predicted, one.effects))
-        parts[f"{block}/labels"] = effects[f"{block}/labels"] = names
+        parts[f"{block}/labels"] = names
         parts[f"{block}/moments"], parts[f"{block}/means"] = own.moments, own.means
-        effects[f"{block}/predicted"] = one.predicted.astype(np.float32)
-        effects[f"{block}/reference"] = one.effects.astype(np.float32)
-    if parts:
-        _write_arrays(place.parts, parts)
-    if parts and benchmark.effects:
-        _write_arrays(place.effects, effects)
+        if benchmark.effects:
+            effects["genes"] = np.asarray(found.genes, dtype=str)
+            effects[f"{block}/labels"] = names
+            effects[f"{block}/predicted"] = one.predicted.astype(np.float32)
+            effects[f"{block}/reference"] = one.effects.astype(np.float32)
+    for path, arrays in ((place.parts, parts), (place.effects, effects)):
+        if arrays:
+            _write_arrays(path, arrays)
     write_text_atomic(place.table, rows.to_csv(index=False, float_format="%.7g"))
     place.failure.unlink(missing_ok=True)
 
@@ -382,10 +385,11 @@ def _write_failure(path: Path, error: Exception) -> None:
 
 
 def _stored_reason(path: Path) -> str:
-    return str(_read_json(path).get("reason", NO_REASON))
+    return str(read_json(path).get("reason", NO_REASON))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds; nothing if it is missing or damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):

@@ -17,7 +17,6 @@ from .relaxed import PresenceBernoulli, ScaleMixtureNormal, normal_expectation
 
 __all__ = ["Cradle", "cells_plate", "gate", "with_combinations"]
 
-_RESPONSE_DEVIATION_SCALE = 1.0
 _FIRST_RESPONSE_LOADING = 3.0  # steep enough to part cells that respond from cells that escape
 
 
@@ -315,14 +314,13 @@ class Cradle(nn.Module):
         """Return the log-density of the parameters that have a prior, in nats per training cell.
 
         The loadings of the basal state are Laplace: most genes follow few of its directions. What
-        is special to the response to one perturbation is Normal. Constants are left out.
+        is special to the response to one perturbation is standard Normal. Constants are left out.
         """
         total = self.artifact_loading.new_zeros(())
         for loading in self._sparse_loadings():
             total = total - loading.abs().sum() / (self.config.loading_scale or 1.0)
         if self.has_response:
-            own = self.response_deviation / _RESPONSE_DEVIATION_SCALE
-            total = total - 0.5 * own.square().sum()
+            total = total - 0.5 * self.response_deviation.square().sum()
         return total / self.n_cells
 
     def parameters_with_prior(self) -> list[nn.Parameter]:

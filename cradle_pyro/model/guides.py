@@ -273,10 +273,10 @@ class CradleGuide(nn.Module):
         """Sample z_basal given the expression and what acts on the cell.
 
         Where the decoder sees the sum of z_basal and the perturbation's shift, the encoder tells
-        that sum, and the shift is taken off its location. So moving a shift changes no cell's
-        reconstruction, and its gradient is that of the divergence: how far the cells of the
-        perturbation lie from where basal states are. An encoder of another family than the Normal
-        tells the basal state itself.
+        that sum, and the shift is taken off its location. So, but for what the encoder reads of
+        it, moving a shift changes no cell's reconstruction, and its gradient is that of the
+        divergence: how far its cells lie from where basal states are. An encoder of another
+        family than the Normal tells the basal state itself.
         """
         found = self._encode(self.z_basal, batch, expression, context)
         if self.is_centred and isinstance(found, dist.Independent):

@@ -397,7 +397,8 @@ def _agreement(result: BenchmarkResult) -> Section | None:
         for _, row in found.iterrows()
     ]  # fmt: skip
     caption = (
-        "Rank correlation of the predictors' means over seeds. Effects here are expected ones; "
+        "Rank correlation of the predictors' means over the seeds that it scored. Effects here are "
+        "expected ones; "
         "cell-eval scores generated cells, so that sampling noise ranks predictors that are close."
     )
     words = ["labels", "metric here", "cell-eval's", "best here", "best there"]
