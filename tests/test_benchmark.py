@@ -23,7 +23,7 @@ from cradle_pyro.baselines import learned
 from cradle_pyro.data.fields import write_h5ad_atomic
 from cradle_pyro.errors import ConfigError, CradleError, DataError, TrainingError
 from cradle_pyro.evaluation import benchmark as running
-from cradle_pyro.evaluation import jobs, processes
+from cradle_pyro.evaluation import grid_file, jobs, processes
 from cradle_pyro.evaluation.benchmark import gather_benchmark, read_parts, run_benchmark
 from cradle_pyro.evaluation.comparisons import rank_agreement
 from cradle_pyro.evaluation.evaluate import evaluate
@@ -179,7 +179,9 @@ def test_a_seed_sets_the_split_the_training_and_the_simulation(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/benchmarks").glob("*.toml")), ids=str)
 def test_every_benchmark_that_is_shipped_is_valid(path, monkeypatch):
+    # What a machine lacks, screens or cell-eval, does not make a file wrong.
     monkeypatch.setattr(Benchmark, "screen_path", lambda self, screen: Path(screen.path))
+    monkeypatch.setattr(grid_file, "check_cell_eval", lambda: None)
     benchmark = read_benchmark(path)
     assert len(list(benchmark.cells())) > 10
     assert f"configs/benchmarks/{path.name}" in path.read_text()
