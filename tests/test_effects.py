@@ -754,7 +754,7 @@ def test_members_interact_where_decoder_or_scale_bend(model):
     posterior = make_posterior(model=model, seed=5)
     with torch.no_grad():
         posterior.model.decoder.linear[1].weight.mul_(5)  # what the perturbation shift goes through
-    found = interaction(posterior, "P0+P1", **FEW)
+    found = interaction(posterior, "P0+P1", draws=20, n_cells=5)
     assert np.abs(found["mean"]).max() > 1e-3
 
 

@@ -235,12 +235,8 @@ def _log_binomial(value: Tensor, theta: Tensor) -> Tensor:
         terms = torch.lgamma(value + theta) - torch.lgamma(theta) - torch.lgamma(value + 1)
         return terms.sum(-1)
     rows, genes = value.nonzero(as_tuple=True)
-    counts, inverse_dispersion = value[rows, genes], theta[genes]
-    terms = (
-        torch.lgamma(counts + inverse_dispersion)
-        - torch.lgamma(inverse_dispersion)
-        - torch.lgamma(counts + 1)
-    )
+    counts, own = value[rows, genes], torch.lgamma(theta)[genes]
+    terms = torch.lgamma(counts + theta[genes]) - own - torch.lgamma(counts + 1)
     return torch.zeros(value.shape[0], dtype=terms.dtype, device=terms.device).index_add(
         0, rows, terms
     )

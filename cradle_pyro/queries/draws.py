@@ -263,6 +263,8 @@ def reference_draw(
             acts[sites.LIBRARY] = batch.library
         if not artifacts:
             acts[sites.ARTIFACT] = batch.artifact
+        if not counts:
+            acts[sites.COUNTS] = batch.counts  # they take long to draw
         world, latents = _sampled(posterior.model, batch, latents, acts)
         drawn = world | acts
         batch = batch.replace(artifact=drawn[sites.ARTIFACT], library=drawn[sites.LIBRARY])
