@@ -28,12 +28,13 @@ from cradle_pyro.queries.counterfactual import counterfactual
 from cradle_pyro.queries.effects import (
     average_effect,
     compare,
+    count_effects,
     effect_draws,
     effects,
-    generated_effects,
     interaction,
 )
 from cradle_pyro.queries.interventions import do
+from cradle_pyro.queries.worlds import intervene
 
 LIBRARY = np.array([300.0, 500.0, 900.0], np.float32)
 SUMMARY = ["mean", "sd", "ci_low", "ci_high", "lfsr"]
@@ -123,9 +124,9 @@ def labels_of(posterior):
     return [first, second, f"{first}+{second}"]
 
 
-def generated(posterior, labels, **options):
+def on_counts(posterior, labels, **options):
     libraries = [LIBRARY] * len(labels)
-    return generated_effects(posterior, labels, libraries, LIBRARY, draws=1, n_cells=9, **options)
+    return count_effects(posterior, labels, libraries, LIBRARY, draws=1, n_cells=9, **options)
 
 
 def profiles(posterior, cells, intervention, *, draws=2):
@@ -159,7 +160,7 @@ def numbers(table):
 PAIR, SINGLE = "CEBPA+GATA1", "KLF1"
 QUESTIONS = {
     "effect_draws": lambda p: effect_draws(p, labels_of(p), draws=2, n_cells=9),
-    "generated_effects": lambda p: generated(p, labels_of(p)),
+    "count_effects": lambda p: on_counts(p, labels_of(p)),
     "average_effect": lambda p: numbers(average_effect(p, SINGLE, **FEW)),
     "total": lambda p: numbers(average_effect(p, SINGLE, kind="total", **FEW)),
     "counts": lambda _: numbers(
@@ -434,14 +435,55 @@ def test_log_normalised_values_move_with_their_expectation(monkeypatch):
     np.testing.assert_allclose(counts, rate, atol=1e-5)
 
 
-def test_generated_effects_of_deep_cells_without_dispersion_are_those_of_the_rates():
+def test_count_effects_of_deep_cells_without_dispersion_are_those_of_the_rates():
     posterior = make_fit("model.likelihood=poisson")
     labels = labels_of(posterior)
     deep = np.array([1e9], np.float32)
-    found = generated_effects(posterior, labels, [deep] * 3, deep, draws=2, n_cells=9)
+    found = count_effects(posterior, labels, [deep] * 3, deep, draws=2, n_cells=9)
     expected = effect_draws(posterior, labels, draws=2, n_cells=9).mean(0)
     assert np.abs(expected).max() > 0.05
     np.testing.assert_allclose(found, expected, atol=5e-3)
+
+
+def drawn_effects(posterior, labels, library, n):
+    """Return count effects by brute force, and their standard error."""
+    worlds = []
+    for label in ("control", *labels):
+        act = do(perturbation=label, artifact=0)
+        made = intervene(posterior, act, n, library=library, draws=50, seed=3)
+        counts = made.layers["counts"].toarray() / made.obs["cradle_library"].to_numpy()[:, None]
+        worlds.append(np.log2(1 + 1e4 * counts))
+    effects = np.stack([world.mean(0) - worlds[0].mean(0) for world in worlds[1:]])
+    return effects, np.sqrt(2 / n) * worlds[0].std(0)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_count_effects_are_those_of_drawn_counts(likelihood):
+    posterior = make_fit(f"model.likelihood={likelihood}")
+    labels = labels_of(posterior)
+    found = count_effects(posterior, labels, [LIBRARY] * 3, LIBRARY, draws=50, n_cells=60)
+    expected, error = drawn_effects(posterior, labels, LIBRARY, 4000)
+    assert np.abs(found).max() > 5 * error.max()
+    assert np.abs(found - expected).max() < 5 * error.max()
+
+
+def test_count_effects_of_a_distribution_that_is_not_known_are_of_drawn_counts(monkeypatch):
+    def unknown(fn, library):
+        raise TypeError
+
+    posterior = make_fit()
+    labels = labels_of(posterior)
+    known = count_effects(posterior, labels, [LIBRARY] * 3, LIBRARY, draws=40, n_cells=100)
+    monkeypatch.setattr(queries, "expected_log2_expression", unknown)
+    drawn = count_effects(posterior, labels, [LIBRARY] * 3, LIBRARY, draws=40, n_cells=100)
+    assert not np.allclose(drawn, known)
+    assert np.corrcoef(drawn.ravel(), known.ravel())[0, 1] > 0.9
+
+
+def test_a_label_like_the_control_has_no_effect_at_the_same_libraries():
+    posterior = make_fit()
+    found = count_effects(posterior, ["control"], [LIBRARY[::-1]], LIBRARY, draws=3, n_cells=9)
+    np.testing.assert_array_equal(found, 0)
 
 
 # ------------------------------------------------------------------------------------- summaries
@@ -1014,7 +1056,7 @@ MISTAKES = {
     "no draws at all": (lambda p: effect_draws(p, ["KLF1"], draws=0), "found 0 and 100"),
     "no draws of a table": (lambda p: effects(p, draws=0), "found 0 and 100"),
     "no generated draws": (
-        lambda p: generated_effects(p, ["KLF1"], [LIBRARY], LIBRARY, draws=0),
+        lambda p: count_effects(p, ["KLF1"], [LIBRARY], LIBRARY, draws=0),
         "found 0 and 100",
     ),
     "same label twice": (

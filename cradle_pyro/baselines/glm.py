@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import special, stats
 
 from cradle_pyro.baselines.predictor import Depth
 from cradle_pyro.baselines.simple import Cells, training_cells
 from cradle_pyro.data.encode import combination_labels
-from cradle_pyro.data.groups import SCALE, log2_fraction
+from cradle_pyro.data.groups import log2_fraction
 from cradle_pyro.data.regression import combinations_of, nuisance_columns, regress
 from cradle_pyro.errors import DataError
+from cradle_pyro.model.log_expression import mean_log2_expression
 from cradle_pyro.queries.interventions import label_design
 
 if TYPE_CHECKING:
@@ -33,13 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FittedGLM",
     "NegativeBinomialGLM",
-    "mean_log2_expression",
 ]
-
-_MOST_SUMMED = 1000
-_MOST_NATS = 600.0
-_MIDPOINTS = 256
-_LIBRARIES = 32
 
 
 @dataclass(frozen=True)
@@ -194,89 +188,3 @@ class NegativeBinomialGLM:
             interactions=dict(zip(names, found.mean[schema.n_perturbations :], strict=True)),
             inverse_dispersion=expansion.inverse_dispersion,
         )
-
-
-def mean_log2_expression(
-    rate: np.ndarray, inverse_dispersion: np.ndarray, library: np.ndarray
-) -> np.ndarray:
-    """Return the mean over cells of E log2(1 + 1e4 x / l) for negative-binomial x, (genes,).
-
-    Parameters
-    ----------
-    rate
-        Expected fraction of each gene, shape (genes,).
-    inverse_dispersion
-        theta, shape (genes,).
-    library
-        Libraries l of the cells, in counts, shape (cells,). More than 32 are stood in for by as
-        many quantiles.
-
-    Notes
-    -----
-    A sum over the probability of each count up to 1,000, and beyond by the trapezoid rule for
-    counts of a geometric progression. Where the probability of no count is too small to start from,
-    an average over quantiles of the gamma part, with a second-order correction for the Poisson
-    part.
-    """
-    depth = np.asarray(library, dtype=np.float64)
-    if len(depth) > _LIBRARIES:
-        depth = np.quantile(depth, (np.arange(_LIBRARIES) + 0.5) / _LIBRARIES)
-    mean = depth[:, None] * rate
-    scale = np.broadcast_to(SCALE / depth[:, None], mean.shape)
-    theta = np.broadcast_to(inverse_dispersion, mean.shape)
-    result = np.empty(mean.shape)
-    large = theta * np.log1p(mean / theta) > _MOST_NATS
-    result[~large] = _summed(mean[~large], theta[~large], scale[~large])
-    result[large] = _by_quantiles(mean[large], theta[large], scale[large])
-    return result.mean(axis=0)
-
-
-def _summed(mean: np.ndarray, theta: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return E log2(1 + scale x) by the sum over counts, entry by entry."""
-    end = _last_count(mean, theta)
-    order = np.argsort(-end)
-    mean, theta, scale, end = mean[order], theta[order], scale[order], end[order]
-    last = np.minimum(end, _MOST_SUMMED)
-    odds = mean / (mean + theta)
-    probability = np.exp(-theta * np.log1p(mean / theta))
-    total = np.zeros(len(mean))
-    x, active = 0, len(mean)
-    while active:
-        x += 1
-        active = int(np.searchsorted(-last[:active], -x, side="right"))
-        part = slice(0, active)
-        probability = probability[part] * odds[part] * ((x - 1 + theta[part]) / x)
-        total[part] += probability * np.log2(1.0 + scale[part] * x)
-    tail = end > _MOST_SUMMED
-    total[tail] += _beyond(odds[tail], theta[tail], scale[tail], end[tail])
-    result = np.empty_like(total)
-    result[order] = total
-    return result
-
-
-def _beyond(
-    odds: np.ndarray, theta: np.ndarray, scale: np.ndarray, end: np.ndarray, *, n_steps: int = 64
-) -> np.ndarray:
-    """Return E of log2(1 + scale x) where x is above `_MOST_SUMMED`, zero elsewhere."""
-    at = _MOST_SUMMED * (end / _MOST_SUMMED) ** (np.arange(n_steps + 1)[:, None] / n_steps)
-    survival = special.betainc(at + 1.0, theta, odds)
-    value = np.log2(1.0 + scale * at)
-    rest = (np.diff(value, axis=0) * (survival[1:] + survival[:-1]) / 2.0).sum(axis=0)
-    return value[0] * survival[0] + rest
-
-
-def _last_count(mean: np.ndarray, theta: np.ndarray) -> np.ndarray:
-    """Return a count that is exceeded with a probability below about 1e-8 (sub-gamma tail)."""
-    spread = np.sqrt(mean + mean**2 / theta)
-    return np.ceil(mean + 6.0 * spread + 18.0 * (1.0 + mean / theta))
-
-
-def _by_quantiles(mean: np.ndarray, theta: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return E log2(1 + scale x) over midpoints of the gamma part, entry by entry."""
-    at = (np.arange(_MIDPOINTS) + 0.5) / _MIDPOINTS
-    names, inverse = np.unique(theta, return_inverse=True)
-    gamma = stats.gamma.ppf(at, names[:, None]) / names[:, None]
-    level = mean[:, None] * gamma[inverse]
-    bent = 1.0 + scale[:, None] * level
-    correction = 0.5 * scale[:, None] ** 2 * level / bent**2
-    return (np.log2(bent) - correction / np.log(2.0)).mean(axis=1)

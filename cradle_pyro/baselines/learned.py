@@ -38,7 +38,7 @@ from cradle_pyro.inference.pair import PairBuilder
 from cradle_pyro.inference.train import fit
 from cradle_pyro.model.cradle import Cradle
 from cradle_pyro.model.guides import CradleGuide
-from cradle_pyro.queries.effects import effect_draws, generated_effects
+from cradle_pyro.queries.effects import count_effects, effect_draws
 from cradle_pyro.queries.interventions import do, label_design
 from cradle_pyro.queries.worlds import intervene
 from cradle_pyro.seeding import seeded
@@ -291,9 +291,9 @@ class FittedModel:
     def predict(self, labels: Sequence[str], depth: Depth | None = None) -> np.ndarray:
         """Return the posterior mean of each label's direct effect, shape (labels, genes), log2.
 
-        With `depth`, of counts generated at these libraries, plus the residuals if there are
-        any; the control has no effect here either, although generated counts of two groups of
-        controls differ. Draws, cells and seed are those of the configuration's ``evaluation``.
+        With `depth`, as the effect shows in counts at these libraries, plus the residuals if there
+        are any; the control has no effect here either, although two groups of controls differ.
+        Draws, cells and seed are those of the configuration's ``evaluation``.
 
         Raises
         ------
@@ -309,7 +309,7 @@ class FittedModel:
                 draws=options.draws, n_cells=options.n_controls, seed=options.seed,
             ).mean(0)  # fmt: skip
         changes = [bool(label_design(self.posterior.schema, label).any()) for label in labels]
-        effects = generated_effects(
+        effects = count_effects(
             self.posterior, list(labels), *depth,
             draws=options.draws, n_cells=options.n_controls, seed=options.seed,
         )  # fmt: skip

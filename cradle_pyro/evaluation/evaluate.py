@@ -105,8 +105,8 @@ def evaluate(
     Returns
     -------
     Evaluation
-        Effects are compared as means over cells of log2(1 + 1e4 counts / library): the model's on
-        generated counts, with libraries of the cells compared with (DESIGN section 6).
+        Effects are compared as means over cells of log2(1 + 1e4 counts / library): the model's in
+        expectation over counts at the libraries of the cells compared with (DESIGN section 6).
 
     Raises
     ------

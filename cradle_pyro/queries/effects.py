@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from cradle_pyro import sites
 from cradle_pyro.data.encode import canonical_label
 from cradle_pyro.errors import QueryError, near, shown
 from cradle_pyro.inference.posterior import Posterior
+from cradle_pyro.model.log_expression import expected_log2_expression
 from cradle_pyro.queries.abduction import Abduction, predict
 from cradle_pyro.queries.calls import s_values, sign_calls
 from cradle_pyro.queries.counterfactual import query_cells, query_record
@@ -53,9 +55,9 @@ if TYPE_CHECKING:
 __all__ = [
     "average_effect",
     "compare",
+    "count_effects",
     "effect_draws",
     "effects",
-    "generated_effects",
     "interaction",
     "interactions",
 ]
@@ -470,20 +472,20 @@ def effect_draws(
     )[:, :, 0]
 
 
-def generated_effects(
+def count_effects(
     posterior: Posterior,
     labels: Sequence[str],
     libraries: Sequence[np.ndarray],
     control_library: np.ndarray,
     *,
-    functional: Literal["log_mean", "mean_log"] = "mean_log",
     draws: int = 50,
     n_cells: int = 100,
     seed: int = 0,
 ) -> np.ndarray:
-    """Return average effects on generated counts, shape (labels, genes), log2 scale.
+    """Return average effects as they show in counts, shape (labels, genes), log2 scale.
 
-    For comparison with observed cells: both sides carry the same count noise, since libraries are
+    An effect is the difference of the mean over cells of log2(1 + 1e4 counts / library), in
+    expectation over the noise of the counts, for comparison with observed cells: libraries are
     drawn from the cells compared with.
 
     Parameters
@@ -496,33 +498,56 @@ def generated_effects(
         For each label, libraries of the observed cells it is compared with.
     control_library
         Libraries of the observed control cells.
-    functional
-        "mean_log": mean over cells of log2(1 + 1e4 counts / library); "log_mean": log2 of the mean.
     draws, n_cells, seed
         As in :func:`effect_draws`.
+
+    Notes
+    -----
+    All worlds share cells, globals, and each cell's place among the libraries, so that their noise
+    cancels. The noise of counts is integrated out
+    (:func:`~cradle_pyro.model.log_expression.expected_log2_expression`); counts of a distribution
+    for which that is not known are drawn instead.
     """
     _check_sizes(draws, n_cells, seed)
     schema, posterior = posterior.schema, completed(posterior)
     totals = np.zeros((len(labels) + 1, schema.n_genes))
-    worlds = list(zip([schema.control, *labels], [control_library, *libraries], strict=True))
-    checked = [check(posterior, _world(schema, label, "direct")) for label, _ in worlds]
+    depths = [np.sort(np.asarray(one, np.float32)) for one in (control_library, *libraries)]
+    checked = [
+        check(posterior, _world(schema, label, "direct")) for label in (schema.control, *labels)
+    ]
     for draw in range(draws):
-        # The same cells and globals in every world; libraries and count noise are its own.
         with seeded(seed_of(seed, draw)):
             cells = reference_draw(posterior, n_cells)
-        free = {k: v for k, v in cells.latents.items() if k != sites.COUNTS}
-        for row, ((_, library), one) in enumerate(zip(worlds, checked, strict=True)):
-            with seeded(seed_of(seed, draw, row)):
-                chosen = torch.as_tensor(library, dtype=torch.float32)
-                depth = chosen[torch.randint(len(chosen), (n_cells,))].to(cells.batch.library)
-                acts = one.acts(cells.batch, cells.values) | {sites.LIBRARY: depth}
-                world = predict(posterior.model, cells._replace(latents=free), acts)
-            fraction = _fraction(posterior, world)
-            values = log2_expression(posterior, fraction) if functional == "mean_log" else fraction
+            place = (torch.randperm(n_cells) + torch.rand(n_cells)).numpy() / n_cells
+        for row, (library, one) in enumerate(zip(depths, checked, strict=True)):
+            depth = torch.as_tensor(library[(place * len(library)).astype(np.int64)])
+            depth = depth.to(cells.batch.library)
+            acts = one.acts(cells.batch, cells.values) | {sites.LIBRARY: depth}
+            with _Counts() as counts:
+                predict(posterior.model, cells, acts)
+            with seeded(seed_of(seed, draw, 0)):
+                values = counts.log2_expression(posterior, depth)
             totals[row] += values.mean(0).cpu().numpy() / draws
-    if functional == "log_mean":
-        totals = log2_expression(posterior, torch.as_tensor(totals)).numpy()
     return totals[1:] - totals[:1]
+
+
+class _Counts(Messenger):
+    """Keeps the distribution of the counts of the world that is run inside."""
+
+    fn: Any
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] == sites.COUNTS:
+            self.fn = msg["fn"]
+
+    def log2_expression(self, posterior: Posterior, library: Tensor) -> Tensor:
+        """Return the expected log expression of the cells, or that of drawn counts."""
+        with torch.no_grad():
+            try:
+                return expected_log2_expression(self.fn, library)
+            except TypeError:
+                world = {sites.COUNTS: self.fn.sample(), sites.LIBRARY: library}
+                return log2_expression(posterior, _fraction(posterior, world))
 
 
 class _Groups(NamedTuple):
