@@ -124,9 +124,9 @@ def labels_of(posterior):
     return [first, second, f"{first}+{second}"]
 
 
-def on_counts(posterior, labels, **options):
+def on_counts(posterior, labels):
     libraries = [LIBRARY] * len(labels)
-    return count_effects(posterior, labels, libraries, LIBRARY, draws=1, n_cells=9, **options)
+    return count_effects(posterior, labels, libraries, LIBRARY, draws=1, n_cells=9)
 
 
 def profiles(posterior, cells, intervention, *, draws=2):
@@ -1055,7 +1055,7 @@ MISTAKES = {
     "no draws of an interaction": (lambda p: interaction(p, PAIR, draws=0), "found 0 and 100"),
     "no draws at all": (lambda p: effect_draws(p, ["KLF1"], draws=0), "found 0 and 100"),
     "no draws of a table": (lambda p: effects(p, draws=0), "found 0 and 100"),
-    "no generated draws": (
+    "no draws of count effects": (
         lambda p: count_effects(p, ["KLF1"], [LIBRARY], LIBRARY, draws=0),
         "found 0 and 100",
     ),

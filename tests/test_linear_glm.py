@@ -10,7 +10,7 @@ import pytest
 from anndata import AnnData
 from scipy import optimize, sparse, stats
 
-from cradle_pyro.baselines.glm import NegativeBinomialGLM, mean_log2_expression
+from cradle_pyro.baselines.glm import NegativeBinomialGLM
 from cradle_pyro.baselines.linear import LinearRegression, gene_embedding, perturbation_embedding
 from cradle_pyro.baselines.predictor import Depth
 from cradle_pyro.baselines.shrinkage import posterior_moments
@@ -256,26 +256,6 @@ def test_flags_have_effects_of_their_own_if_all_cells_are_used() -> None:
     np.testing.assert_allclose(
         all_cells.share @ np.exp(all_cells.baseline), np.exp(truth["baseline"]), rtol=1, atol=2e-4
     )
-
-
-@pytest.mark.parametrize("theta", [0.05, 0.5, 3.0, 100.0, 5000.0])
-def test_expected_log_expression_is_that_of_the_pmf(theta: float) -> None:
-    mean = np.array([1e-3, 0.1, 1.0, 20.0, 150.0, 800.0, 5000.0])
-    library = np.array([1000.0])
-    found = mean_log2_expression(mean / library, np.full(len(mean), theta), library)
-    for value, one in zip(found, mean, strict=True):
-        last = int(stats.nbinom.isf(1e-10, theta, theta / (theta + one))) + 10
-        x = np.arange(last)
-        expected = stats.nbinom.pmf(x, theta, theta / (theta + one)) @ np.log2(1 + 10.0 * x)
-        assert value == pytest.approx(expected, rel=2e-5)
-
-
-def test_many_libraries_are_stood_in_for_by_few() -> None:
-    rng = np.random.default_rng(0)
-    library = rng.lognormal(8, 0.6, 300)
-    rate, theta = np.array([1e-5, 1e-4, 1e-3, 1e-2]), np.full(4, 2.0)
-    exact = np.mean([mean_log2_expression(rate, theta, np.array([one])) for one in library], axis=0)
-    np.testing.assert_allclose(mean_log2_expression(rate, theta, library), exact, atol=5e-3)
 
 
 def test_predictions_at_a_depth_are_means_of_generated_cells() -> None:

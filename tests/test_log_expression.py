@@ -16,7 +16,7 @@ from cradle_pyro.model.likelihoods import (
     GenePoisson,
     GeneZeroInflatedNegativeBinomial,
 )
-from cradle_pyro.model.log_expression import expected_log2_expression
+from cradle_pyro.model.log_expression import expected_log2_expression, mean_log2_expression
 
 MEANS = torch.tensor([1e-8, 1e-3, 0.2, 3.0, 40.0, 900.0])
 LIBRARIES = torch.tensor([37.0, 800.0, 12_345.0, 3e5])
@@ -95,3 +95,21 @@ def test_cells_deeper_than_any_are_without_noise():
 def test_an_unknown_distribution_is_named():
     with pytest.raises(TypeError, match="Poisson"):
         expected_log2_expression(Poisson(loc()), LIBRARIES)
+
+
+@pytest.mark.parametrize("theta", [0.05, 0.5, 3.0, 100.0, 5000.0])
+def test_expected_log_expression_is_that_of_the_pmf(theta):
+    mean = np.array([1e-3, 0.1, 1.0, 20.0, 150.0, 800.0, 5000.0])
+    library = np.array([1000.0])
+    found = mean_log2_expression(mean / library, np.full(len(mean), theta), library)
+    for value, one in zip(found, mean, strict=True):
+        expected = by_sum(negative_binomial(one, theta), library[0])
+        assert value == pytest.approx(expected, rel=2e-5)
+
+
+def test_many_libraries_are_stood_in_for_by_few():
+    rng = np.random.default_rng(0)
+    library = rng.lognormal(8, 0.6, 300)
+    rate, theta = np.array([1e-5, 1e-4, 1e-3, 1e-2]), np.full(4, 2.0)
+    exact = np.mean([mean_log2_expression(rate, theta, np.array([one])) for one in library], axis=0)
+    np.testing.assert_allclose(mean_log2_expression(rate, theta, library), exact, atol=5e-3)

@@ -77,9 +77,9 @@ def expected_log2_expression(fn: Any, library: Tensor) -> Tensor:
 
     Notes
     -----
-    Of a negative binomial: interpolated, linearly in logarithms, between exact values; within
-    0.01, and differences between means within one percent. Of log-normalised values: the value
-    itself, in log2.
+    Of a negative binomial: interpolated, linearly in logarithms, between exact values. At random
+    means, dispersions and libraries from 200 to 1e6 this was within 0.011, and differences between
+    means 10 % and 100 % apart within 0.005. Of log-normalised values: the value itself, in log2.
     """
     raise TypeError(f"no expected log expression: {type(fn).__name__}")
 
