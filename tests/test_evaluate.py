@@ -16,6 +16,7 @@ from tiny import make_config, make_data, make_fit, make_screen, shared_fit
 from cradle_pyro.data.prepare import prepare
 from cradle_pyro.errors import CheckpointError, DataError
 from cradle_pyro.evaluation.evaluate import CEILING, MODEL, Evaluation, evaluate
+from cradle_pyro.evaluation.predictive import generated_qc
 from cradle_pyro.evaluation.truth import truth_of
 from cradle_pyro.reporting.table import markdown, render, write_text_report
 
@@ -140,6 +141,35 @@ def test_facts_describe_the_cells_and_the_errors_against_the_truth(evaluation):
     assert profiles["n_cells"] == (make_data(*HELD_OUT).failing & (split == "test")).sum()
     assert profiles["cleaned_over_raw"] == pytest.approx(profiles["cleaned"] / profiles["raw"])
     assert 0 < profiles["mean_passing"] < profiles["raw"]
+
+
+@pytest.mark.parametrize(("flags", "used"), [("low_genes", ["low_genes"]), ("doublet", None)])
+def test_generated_cells_are_judged_by_the_flags_that_the_screen_uses(flags, used):
+    posterior, data = shared_fit(), make_data()
+    train, test = data.where(split="train"), data.where(split="test")
+    assert posterior.config.qc.flags == ()
+    config = posterior.config.with_settings([f"qc.flags=['{flags}']"])
+    found = generated_qc(dataclasses.replace(posterior, config=config), train, test)
+    if used is None:  # a flag that counts alone cannot raise: all others are used
+        assert found == generated_qc(posterior, train, test)
+        return
+    detected = [np.log1p((cells.rows(slice(None)) > 0).sum(1)) for cells in (train, test)]
+    median = np.median(detected[0])
+    cut = median - 3 * np.median(np.abs(detected[0] - median))
+    assert found.real_pass_rate["3"] == pytest.approx((detected[1] >= cut).mean())
+    every = generated_qc(posterior, train, test)
+    assert every.real_pass_rate["3"] < found.real_pass_rate["3"]
+    assert every.pass_rate["3"] < found.pass_rate["3"]
+
+
+def test_the_noise_of_generated_cells_is_small_however_few_are_real():
+    posterior, data = shared_fit(), make_data()
+    train, test = data.where(split="train"), data.where(split="test")
+    assert test.n_cells < 50
+    first, second = (generated_qc(posterior, train, test, seed=seed) for seed in (1, 2))
+    assert first != second
+    for metric, distance in first.ks.items():
+        assert distance == pytest.approx(second.ks[metric], abs=0.05)
 
 
 def test_a_real_screen_has_no_truth():
