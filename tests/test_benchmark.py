@@ -726,6 +726,31 @@ def test_fewer_training_pairs_are_tested_on_the_same_pairs(tmp_path):
     assert len(tested[0]) == 2
 
 
+def test_a_screen_judged_on_validation_cells_has_no_test_cells(tmp_path):
+    plain = built(tmp_path, "")
+    judged = built(tmp_path, 'judged_on = "validation"')
+    names = {
+        (which, split): set(one.data.where(split=split).obs_names)
+        for which, one in (("plain", plain), ("judged", judged))
+        for split in ("train", "val", "test")
+    }
+    assert names["judged", "test"] == names["plain", "val"]
+    assert names["judged", "train"] | names["judged", "val"] == names["plain", "train"]
+    assert len(names["judged", "val"]) == len(names["plain", "val"])
+    held_out = {k for k in plain.data.labels if k not in plain.data.where(split="train").labels}
+    assert held_out and not held_out & set(judged.truth.labels)
+
+
+def test_what_a_screen_is_judged_on_changes_its_digest_only_where_it_is_not_the_test(tmp_path):
+    texts = ["", "judged_on = 'test'", "judged_on = 'validation'"]
+    digests = []
+    for text in texts:
+        path = write_grid(tmp_path, changed("settings = [", f"{text}\nsettings = ["))
+        benchmark = read_benchmark(path)
+        digests.append(jobs.cell_digest(benchmark, next(iter(benchmark.cells())), ()))
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_artifacts_are_added_to_passing_cells_that_are_learned_from(tmp_path):
     write_h5ad_atomic(make_screen(), tmp_path / "real.h5ad")
     text = re.sub("simulate = .*", "path = 'real.h5ad'", GRID)

@@ -113,7 +113,9 @@ class Kept(Part):
 class GridScreen(Part):
     """A screen: simulated with these arguments, or read from a file.
 
-    `tuned_on` names another screen whose choices of settings are taken over here.
+    `tuned_on` names another screen whose choices of settings are taken over here. `judged_on`
+    validation cells (to choose defaults by): test cells are left out, validation cells are in their
+    place, and as many training cells as those were are in the place of validation cells.
     """
 
     name: Name
@@ -126,6 +128,7 @@ class GridScreen(Part):
     corrupt: Corruption | None = None
     keep: Kept = Kept()
     tuned_on: str | None = None
+    judged_on: Literal["test", "validation"] = "test"
 
     @property
     def tuning(self) -> str:

@@ -154,6 +154,8 @@ def source_digest() -> str:
 
 def _screen_content(benchmark: Benchmark, screen: GridScreen) -> dict[str, Any]:
     content = screen.model_dump(mode="json", include={"simulate", "corrupt", "keep"})
+    if screen.judged_on != "test":
+        content["judged_on"] = screen.judged_on
     if screen.path is not None:
         content["file"] = file_digest(benchmark.screen_path(screen).resolve())
     return content

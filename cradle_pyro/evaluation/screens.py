@@ -83,10 +83,13 @@ def build_screen(
     """
     config = benchmark.screen_config(screen, split, seed)
     adata = _read(benchmark, screen, seed)
-    if screen.corrupt is not None or screen.keep != Kept() or learned_only:
+    on_validation = screen.judged_on == "validation"
+    if screen.corrupt is not None or screen.keep != Kept() or learned_only or on_validation:
         adata = _divided(adata, config)
+        if on_validation:
+            adata = _with_validation_as_test(_learned(adata), seed)
         if learned_only:
-            adata = adata[adata.obs[_SPLIT].isin(_LEARNED_FROM).to_numpy()].copy()
+            adata = _learned(adata)
         if screen.corrupt is not None:
             adata = _corrupted(adata, screen.corrupt, config, seed)
         adata = _kept(adata, screen.keep, config, seed)
@@ -165,6 +168,20 @@ def _divided(adata: AnnData, config: Config) -> AnnData:
     bare = config.with_settings(["data.artifact=none", "data.n_top_genes=none"])
     data = prepare(adata, bare).data
     adata.obs[_SPLIT] = np.asarray(data.split)
+    return adata
+
+
+def _learned(adata: AnnData) -> AnnData:
+    return adata[adata.obs[_SPLIT].isin(_LEARNED_FROM).to_numpy()].copy()
+
+
+def _with_validation_as_test(adata: AnnData, seed: int) -> AnnData:
+    """Return cells with the validation cells as test cells and as many training cells for them."""
+    split = adata.obs[_SPLIT].to_numpy().astype("U5")
+    validation, training = np.flatnonzero(split == "val"), np.flatnonzero(split == "train")
+    split[validation] = "test"
+    split[np.random.default_rng([seed, 2]).permutation(training)[: len(validation)]] = "val"
+    adata.obs[_SPLIT] = split
     return adata
 
 
