@@ -738,7 +738,8 @@ def test_a_screen_judged_on_validation_cells_has_no_test_cells(tmp_path):
     assert names["judged", "train"] | names["judged", "val"] == names["plain", "train"]
     assert len(names["judged", "val"]) == len(names["plain", "val"])
     held_out = {k for k in plain.data.labels if k not in plain.data.where(split="train").labels}
-    assert held_out and not held_out & set(judged.truth.labels)
+    assert held_out
+    assert not held_out & set(judged.truth.labels)
 
 
 def test_what_a_screen_is_judged_on_changes_its_digest_only_where_it_is_not_the_test(tmp_path):
