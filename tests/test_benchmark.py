@@ -344,7 +344,10 @@ def test_a_single_predictor_may_go_unchecked(tmp_path):
 def test_generated_cells_are_compared_label_by_label_with_halves_as_a_ceiling(done):
     _, result, _ = done
     rows = result.scores.query("reference == 'generated'")
-    assert set(rows["metric"]) == {"energy_distance", "mmd", "de_overlap", "de_direction"}
+    assert set(rows["metric"]) == {
+        "ate_rho_per_perturbation", "mae", "discrimination",
+        "energy_distance", "mmd", "de_overlap", "de_direction",
+    }  # fmt: skip
     assert {"ceiling", "cradle", *BASELINES} <= set(rows["predictor"])
     one = rows.query("predictor == 'cradle' and seed == 0 and labels == 'seen'")
     distances = one[one["metric"] == "energy_distance"]
@@ -581,6 +584,16 @@ def test_another_program_scores_the_same_cells(tmp_path):
     agreement = rank_agreement(result.scores)
     assert set(agreement["screen"]) == {"simulated"}
     assert agreement["spearman"].between(-1, 1).all()
+    pooled = result.scores.query("label == '' and predictor != 'ceiling'")
+    by_metric = pooled.pivot_table(
+        index=["predictor", "labels"], columns=["reference", "metric"], values="value"
+    )
+    generated, theirs = by_metric["generated"], by_metric["cell-eval"]
+    np.testing.assert_allclose(theirs["mae_delta"], np.log(2) * generated["mae"], rtol=1e-4)
+    correlation = generated["ate_rho_per_perturbation"]
+    np.testing.assert_allclose(theirs["pearson_delta"], correlation, rtol=1e-4)
+    of_cells = agreement[agreement["reference"] == "generated"].set_index(["labels", "metric"])
+    assert of_cells.loc[("seen", "mae"), "spearman"] == pytest.approx(1)
 
 
 # ----------------------------------------------------------------------------------------- tuning

@@ -36,14 +36,17 @@ ERRORS = ("rmse", "mae", "energy_distance", "mmd")
 """Metrics of which less is better."""
 
 AGREEMENT_COLUMNS = (
-    "screen", "labels", "metric", "cell_eval", "spearman", "n_predictors", "best_here",
+    "screen", "labels", "reference", "metric", "cell_eval", "spearman", "n_predictors", "best_here",
     "best_there",
 )  # fmt: skip
 
 _OUTSIDE = {
     ("cells", "ate_rho_per_perturbation"): "pearson_delta",
+    ("generated", "ate_rho_per_perturbation"): "pearson_delta",
     ("cells", "mae"): "mae_delta",
+    ("generated", "mae"): "mae_delta",
     ("cells", "discrimination"): "discrimination_score_l1",
+    ("generated", "discrimination"): "discrimination_score_l1",
     ("generated", "de_overlap"): "overlap_at_N",
     ("generated", "de_direction"): "de_direction_match",
 }
@@ -141,6 +144,8 @@ def rank_agreement(scores: pd.DataFrame, *, without: Sequence[str] = ()) -> pd.D
         For each screen, set of labels and pair of metrics of one idea: ``spearman``, the rank
         correlation of the predictors' means over the splits and seeds that cell-eval has seen
         (signs such that one is agreement), ``n_predictors``, and ``best_here`` and ``best_there``.
+        ``reference`` tells what is scored here: "cells", expected effects, or "generated", the
+        cells that cell-eval scores.
     """
     pooled = scores[(scores["label"] == "") & ~scores["predictor"].isin(without)]
     places = ["screen", "split", "seed"]
@@ -162,6 +167,7 @@ def rank_agreement(scores: pd.DataFrame, *, without: Sequence[str] = ()) -> pd.D
                 {
                     "screen": screen,
                     "labels": labels,
+                    "reference": here[0],
                     "metric": here[1],
                     "cell_eval": there,
                     "spearman": both.rank()["here"].corr(both.rank()["there"]),

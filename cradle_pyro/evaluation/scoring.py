@@ -368,14 +368,33 @@ def _outside_rows(
 def _cells_compared(
     block: Block, embedding: Embedding, made: _Sample, real: _Sample
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield distances and agreement of differential genes, label by label and their means."""
+    """Yield distances, and agreement of effects and differential genes, by label and their means.
+
+    Effects are those of the cells of each side, noise and all, against its own controls.
+    """
     names = [name for name in block.names if min(len(made.rows[name]), len(real.rows[name])) >= 2]
     if not names:
         return
+    predicted, reference = (
+        group_effects(
+            sample.counts,
+            sample.library,
+            {name: sample.rows[name] for name in names},
+            sample.rows[_AT_REST],
+            functional="mean_log",
+        )
+        for sample in (made, real)
+    )
     places = [embedding(sample.counts, sample.library) for sample in (made, real)]
     used = np.concatenate([real.rows[name] for name in (*names, _AT_REST)])
     width = float(np.median(pdist(places[1][used])))
-    each: dict[str, list[float]] = {"energy_distance": [], "mmd": []}
+    each: dict[str, list[float]] = {
+        "ate_rho_per_perturbation": ate_correlation_per_perturbation(predicted, reference).tolist(),
+        "mae": np.abs(predicted - reference).mean(axis=1).tolist(),
+        "discrimination": perturbation_discrimination(predicted, reference).tolist(),
+        "energy_distance": [],
+        "mmd": [],
+    }
     for name in names:
         pair = places[0][made.rows[name]], places[1][real.rows[name]]
         each["energy_distance"].append(energy_distance(*pair))

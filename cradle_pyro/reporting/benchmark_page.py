@@ -301,7 +301,9 @@ def _screen(
     generated = scores[(scores["reference"] == "generated") & (scores["label"] == "")]
     for key in dict.fromkeys(generated["labels"].astype(str)):
         some = generated[generated["labels"] == key]
-        shown_as = {str(m): str(m).replace("_", " ") for m in some["metric"].unique()}
+        shown_as = {
+            str(m): _NAMES.get(m, str(m).replace("_", " ")) for m in some["metric"].unique()
+        }
         title = f"Generated cells, {key.replace('_', '-')} perturbations"
         tables.append(_metric_table(title, some, shown_as, order, benchmark.ours))
     checks = scores[scores["reference"] == "model"]
@@ -329,6 +331,8 @@ def _about(screen: GridScreen) -> str:
             f"{screen.corrupt.share:.0%} of the passing cells that are learned from carry a known "
             "artifact."
         )
+    if screen.judged_on == "validation":
+        parts.append("Judged on validation cells; test cells are left out.")
     if screen.keep.cells_per_perturbation is not None:
         parts.append(
             f"At most {screen.keep.cells_per_perturbation} training cells of each perturbation."
@@ -386,22 +390,30 @@ def _agreement(result: BenchmarkResult) -> Section | None:
     found = rank_agreement(result.scores, without=[CEILING_KIND])
     if not len(found):
         return None
-    head = ["screen", "labels", "metric here", "cell-eval's", "Spearman's ρ", "best here",
-            "best there", "predictors"]  # fmt: skip
+    head = ["screen", "labels", "scored here", "metric here", "cell-eval's", "Spearman's ρ",
+            "best here", "best there", "predictors"]  # fmt: skip
+    scored = {"cells": "expected effects", "generated": "the same cells"}
     body = [
         [
-            row["screen"], row["labels"], _NAMES.get(row["metric"], row["metric"]),
-            row["cell_eval"], _number(row["spearman"], 2), row["best_here"], row["best_there"],
+            row["screen"],
+            row["labels"],
+            scored[row["reference"]],
+            _NAMES.get(row["metric"], row["metric"]),
+            row["cell_eval"],
+            _number(row["spearman"], 2),
+            row["best_here"],
+            row["best_there"],
             f"{row['n_predictors']}",
         ]
         for _, row in found.iterrows()
-    ]  # fmt: skip
+    ]
     caption = (
-        "Rank correlation of the predictors' means over the seeds that it scored. Effects here are "
-        "expected ones; "
-        "cell-eval scores generated cells, so that sampling noise ranks predictors that are close."
+        "Rank correlation of the predictors' means over the seeds that it scored. cell-eval scores "
+        "cells that predictors generate, at most a hundred of a label: noise ranks predictors that "
+        "are close. The tables of this page score expected effects. Where the same cells are "
+        "scored here, what is left is a difference of definitions."
     )
-    words = ["labels", "metric here", "cell-eval's", "best here", "best there"]
+    words = ["labels", "scored here", "metric here", "cell-eval's", "best here", "best there"]
     return Section(
         "agreement", "As cell-eval ranks them", [Table("Agreement", head, body, caption, words)]
     )
