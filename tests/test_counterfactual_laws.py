@@ -25,8 +25,8 @@ from cradle_pyro.model.noise import (
     abduct_noise,
     count_elements,
 )
-from cradle_pyro.model.quantiles import CountNoise, count_noise
-from cradle_pyro.queries.abduction import Abduction, abduct, hold_noise, predict
+from cradle_pyro.model.quantiles import count_noise
+from cradle_pyro.queries.abduction import Abduction, abduct, hold_noise, predict, predict_each
 from cradle_pyro.queries.interventions import Intervention, check, do, parse_do
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch
@@ -308,6 +308,22 @@ def test_predicting_leaves_the_abduction_as_it_was(world) -> None:
     assert torch.equal(world.abduction.batch.counts, world.batch.counts)
 
 
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("flags", FLAGS)
+def test_worlds_that_are_predicted_together_are_the_same_as_one_by_one(likelihood, flags) -> None:
+    world = make_world(likelihood, "structured", flags, dtype=torch.float64)
+    for names in (("control", "pair", "dosage"), ("no artifact", "severity", "typical")):
+        alone = [world.under(MORE_ACTS[name]) for name in names]
+        acts = [world.acts(MORE_ACTS[name]) for name in names]
+        together = predict_each(world.model, world.abduction, acts)
+        of_cells = {sites.COUNTS, sites.LIBRARY, sites.RATE, sites.ARTIFACT, sites.Z_BASAL}
+        assert of_cells <= set(together)
+        assert sites.EFFECT not in together
+        for name, values in together.items():
+            expected = torch.stack([one[name] for one in alone])
+            torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_the_same_noise_read_in_another_world_and_back_returns_the_observed_counts(world) -> None:
     """The counterfactual cells take the place of the factual ones; their noise is kept."""
     factual = {n: world.abduction.values[n] for n in (sites.PERTURBATION, sites.ARTIFACT)}
@@ -518,7 +534,7 @@ def test_flags_change_as_often_as_their_posterior_says() -> None:
     """P(none stays none) and P(a flag stays), by hand, over many abductions of the same cells."""
     world, n_draws = make_world(risk=1.5), 400
     rows = torch.arange(N_CELLS).repeat(n_draws)
-    many = take_cells(world.abduction, rows)
+    many = world.abduction.take(rows)
     held = hold_noise(world.model, many.batch, many.latents, counts=False)
     design = world.acts(ACTS["pair"])[sites.PERTURBATION]
     other = predict(world.model, held, {sites.PERTURBATION: design[rows]})[sites.ARTIFACT]
@@ -622,37 +638,9 @@ def test_cells_do_not_meet(likelihood) -> None:
     """A cell's counterfactual is the same whatever other cells are asked about beside it."""
     world = make_world(likelihood, flags="severities", dtype=torch.float64)
     rows = torch.tensor([7, 2, 2, 19])
-    few = take_cells(world.abduction, rows)
+    few = world.abduction.take(rows)
     for act in ("pair", "severity", "all"):
         acts = {name: value[rows] for name, value in world.acts(ACTS[act]).items()}
         found, expected = predict(world.model, few, acts), world.under(ACTS[act])
         for name in (sites.COUNTS, sites.RATE, sites.LIBRARY, sites.ARTIFACT):
             torch.testing.assert_close(found[name], expected[name][rows], rtol=1e-9, atol=1e-9)
-
-
-def take_cells(abduction: Abduction, rows: Tensor) -> Abduction:
-    """Return the abduction of the cells at `rows`."""
-
-    def taken(value: Any) -> Any:
-        is_local = isinstance(value, Tensor) and value.shape[:1] == (N_CELLS,)
-        return value[rows] if is_local else value
-
-    def noise_taken(noise: Any) -> Any:
-        if isinstance(noise, CountSiteNoise | DropoutSiteNoise):
-            shape = torch.Size((len(rows), noise.shape[1]))
-
-            def flat(part: Tensor) -> Tensor:
-                return part.reshape(noise.shape)[rows].ravel()
-
-            quantile = CountNoise(*map(flat, noise.quantile))
-            if isinstance(noise, DropoutSiteNoise):
-                return DropoutSiteNoise(quantile, flat(noise.dropout), shape, noise.dtype)
-            return CountSiteNoise(quantile, shape, noise.dtype)
-        return type(noise)(**{name: taken(value) for name, value in vars(noise).items()})
-
-    return Abduction(
-        abduction.batch.take(rows),
-        {name: taken(value) for name, value in abduction.latents.items()},
-        {name: noise_taken(noise) for name, noise in abduction.noise.items()},
-        {name: taken(value) for name, value in abduction.values.items()},
-    )

@@ -20,6 +20,7 @@ from cradle_pyro import sites
 from cradle_pyro.data.prepare import prepare
 from cradle_pyro.errors import QueryError
 from cradle_pyro.inference.posterior import Posterior, ReferenceCells, flag_column
+from cradle_pyro.queries import abduction as abductions
 from cradle_pyro.queries import counterfactual as counterfactuals
 from cradle_pyro.queries import draws as draws_of_cells
 from cradle_pyro.queries import effects as queries
@@ -126,7 +127,7 @@ def labels_of(posterior):
 
 def on_counts(posterior, labels):
     libraries = [LIBRARY] * len(labels)
-    return count_effects(posterior, labels, libraries, LIBRARY, draws=1, n_cells=9)
+    return count_effects(posterior, labels, libraries, LIBRARY, draws=2, n_cells=9)
 
 
 def profiles(posterior, cells, intervention, *, draws=2):
@@ -136,13 +137,16 @@ def profiles(posterior, cells, intervention, *, draws=2):
 
 def recorded_worlds(monkeypatch):
     """Return a list that fills with the sites of every world that effects ask about."""
-    worlds, predict = [], queries.predict
+    worlds, predict_each = [], queries.predict_each
 
-    def recording(*args):
-        worlds.append(predict(*args))
-        return worlds[-1]
+    def recording(model, abduction, acts):
+        found = predict_each(model, abduction, acts)
+        for number in range(len(acts)):
+            of_cells = {name: value[number] for name, value in found.items()}
+            worlds.append(abduction.latents | of_cells)
+        return found
 
-    monkeypatch.setattr(queries, "predict", recording)
+    monkeypatch.setattr(queries, "predict_each", recording)
     return worlds
 
 
@@ -195,15 +199,15 @@ def test_answers_neither_depend_on_the_callers_random_state_nor_move_it(question
 
 
 def test_a_question_that_fails_half_way_leaves_the_callers_random_state(question, monkeypatch):
-    predict, calls = queries.predict, []
+    predict, calls = abductions.predict, []
 
     def failing(*args):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise InterruptedError
         return predict(*args)
 
-    monkeypatch.setattr(queries, "predict", failing)
+    monkeypatch.setattr(abductions, "predict", failing)
     monkeypatch.setattr(counterfactuals, "predict", failing)
     torch.manual_seed(5)
     before = torch.random.get_rng_state()

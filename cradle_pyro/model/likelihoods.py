@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from cradle_pyro.types import SCALE, Statistics
 
+from .special import log_rising
+
 __all__ = [
     "AbstractLikelihood",
     "GeneNegativeBinomial",
@@ -100,7 +102,7 @@ class GeneNegativeBinomial(_GeneDistribution):
     Notes
     -----
     log p(x) = lgamma(x+θ) - lgamma(θ) - lgamma(x+1) + x log(μ/θ) - (x+θ) log(1+μ/θ). The lgamma
-    terms vanish at x = 0, do not depend on the mean, and are computed at the non-zero counts only.
+    terms do not depend on the mean and are computed once for all particles.
     """
 
     def __init__(
@@ -126,8 +128,8 @@ class GeneNegativeBinomial(_GeneDistribution):
         """Return the log-probability of each cell, shape (..., cells)."""
         theta = self.inverse_dispersion
         ratio = (self.loc / theta).clamp(min=_SMALLEST_MEAN)
-        spread = ((value + theta) * torch.log1p(ratio)).sum(-1)
-        return torch.xlogy(value, ratio).sum(-1) - spread + _log_binomial(value, theta)
+        terms = value * ratio.log() - (value + theta) * torch.log1p(ratio)
+        return terms.sum(-1) + log_rising(value, theta) - torch.lgamma(value + 1).sum(-1)
 
     def log_prob_per_gene(self, value: Tensor) -> Tensor:
         """Return the log-probability of each count, shape (..., cells, genes)."""
@@ -227,19 +229,6 @@ class GeneNormal(_GeneDistribution):
         standard = (value - self.loc) / self.scale
         constant = self.scale.log().sum() + 0.5 * math.log(2 * math.pi) * self.loc.shape[-1]
         return -0.5 * (standard**2).sum(-1) - constant
-
-
-def _log_binomial(value: Tensor, theta: Tensor) -> Tensor:
-    """Return sum over genes of lgamma(x+θ) - lgamma(θ) - lgamma(x+1), shape of a cell batch."""
-    if value.dim() != 2:
-        terms = torch.lgamma(value + theta) - torch.lgamma(theta) - torch.lgamma(value + 1)
-        return terms.sum(-1)
-    rows, genes = value.nonzero(as_tuple=True)
-    counts, own = value[rows, genes], torch.lgamma(theta)[genes]
-    terms = torch.lgamma(counts + theta[genes]) - own - torch.lgamma(counts + 1)
-    return torch.zeros(value.shape[0], dtype=terms.dtype, device=terms.device).index_add(
-        0, rows, terms
-    )
 
 
 class AbstractLikelihood(nn.Module):

@@ -60,6 +60,10 @@ class AbstractNoise(ABC):
     def value_under(self, fn: _Distribution) -> Tensor:
         """Return the site's value where it is distributed as `fn`, in the shape it had."""
 
+    @abstractmethod
+    def take(self, rows: Tensor) -> AbstractNoise:
+        """Return the noise of the cells at `rows`, the first dimension of the value."""
+
 
 @dataclass(frozen=True)
 class CountSiteNoise(AbstractNoise):
@@ -81,6 +85,11 @@ class CountSiteNoise(AbstractNoise):
         """Return the counts at these quantiles of `fn`."""
         elements = count_elements(innermost(fn), self.shape)
         return count_at(elements, self.quantile).reshape(self.shape).to(self.dtype)
+
+    def take(self, rows: Tensor) -> CountSiteNoise:
+        """Return the noise of the cells at `rows`."""
+        quantile = CountNoise(*(_taken(part, self.shape, rows) for part in self.quantile))
+        return CountSiteNoise(quantile, _shape_of(rows, self.shape), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,12 @@ class DropoutSiteNoise(AbstractNoise):
         dropped = self.dropout < torch.sigmoid(elements.dropout_logits)
         counts = torch.where(dropped, torch.zeros_like(counts), counts)
         return counts.reshape(self.shape).to(self.dtype)
+
+    def take(self, rows: Tensor) -> DropoutSiteNoise:
+        """Return the noise of the cells at `rows`."""
+        quantile = CountNoise(*(_taken(part, self.shape, rows) for part in self.quantile))
+        dropout = _taken(self.dropout, self.shape, rows)
+        return DropoutSiteNoise(quantile, dropout, _shape_of(rows, self.shape), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -141,6 +156,11 @@ class ResidualNoise(AbstractNoise):
         change = (base.loc - self.loc) + (base.scale - self.scale) * residual
         return self.value * change.exp() if self.is_log else self.value + change
 
+    def take(self, rows: Tensor) -> ResidualNoise:
+        """Return the noise of the cells at `rows`."""
+        loc, scale = (part.expand(self.value.shape)[rows] for part in (self.loc, self.scale))
+        return ResidualNoise(self.value[rows], loc, scale, self.is_log)
+
 
 @dataclass(frozen=True)
 class PresenceNoise(AbstractNoise):
@@ -165,6 +185,10 @@ class PresenceNoise(AbstractNoise):
         present = self.uniform < _probability(fn)
         own = torch.where(self.value > 0, self.value, self.fresh)
         return torch.where(present, own, torch.zeros_like(own))
+
+    def take(self, rows: Tensor) -> PresenceNoise:
+        """Return the noise of the cells at `rows`."""
+        return PresenceNoise(self.uniform[rows], self.value[rows], self.fresh[rows])
 
 
 def abduct_noise(
@@ -296,6 +320,15 @@ def _uniforms(n: int, value: Tensor) -> Tensor:
     """Return numbers strictly between 0 and 1, shape (n, elements)."""
     draws = torch.rand(n, value.numel(), device=value.device)
     return draws.clamp(2.0**-25, 1 - 2.0**-24)
+
+
+def _taken(elements: Tensor, shape: torch.Size, rows: Tensor) -> Tensor:
+    """Return the elements of the cells at `rows`, of a value of `shape` that was made flat."""
+    return elements.reshape(shape)[rows].ravel()
+
+
+def _shape_of(rows: Tensor, shape: torch.Size) -> torch.Size:
+    return torch.Size([len(rows), *shape[1:]])
 
 
 def _flat(parameter: Tensor, shape: torch.Size) -> Tensor:

@@ -168,13 +168,15 @@ class ScaleMixtureNormal(TorchDistribution):
 
     def component_log_probs(self, value: Tensor, extra_variance: Tensor | float = 0.0) -> Tensor:
         """Return log weight_k + log N(value; 0, scale_k² + extra variance), components last."""
-        variance = self.scales**2 + _components_last(extra_variance)
-        square = value.unsqueeze(-1) ** 2
-        return self.log_weights - 0.5 * (square / variance + (_TWO_PI * variance).log())
+        shape = torch.broadcast_shapes(self.batch_shape, value.shape)
+        log_weights = self.log_weights.expand(*shape, -1).movedim(-1, 0)
+        variance = _components_first(self.scales**2, len(shape)) + extra_variance
+        fit = value**2 / variance + (_TWO_PI * variance).log()
+        return (log_weights - 0.5 * fit).movedim(0, -1)
 
     def responsibility(self, value: Tensor) -> Tensor:
         """Return the probability that `value` came from a slab, not from the spike."""
-        return 1 - self.component_log_probs(value).softmax(-1)[..., 0]
+        return 1 - _softmax(self.component_log_probs(value))[..., 0]
 
 
 class TiltedScaleMixture(TorchDistribution):
@@ -238,13 +240,13 @@ class TiltedScaleMixture(TorchDistribution):
     @lazy_property
     def _shrinkage(self) -> Tensor:
         """Factor on the observation in each component, shape (..., components)."""
-        variance = self.prior.scales**2
-        return variance / (variance + _components_last(self.scale**2))
+        variance = _components_first(self.prior.scales**2, self.scale.dim())
+        return (variance / (variance + self.scale**2)).movedim(0, -1)
 
     @lazy_property
     def inclusion(self) -> Tensor:
         """Posterior probabilities of the components, the spike first, shape (..., components)."""
-        return self._evidence.softmax(-1)
+        return _softmax(self._evidence)
 
     @lazy_property
     def mean(self) -> Tensor:
@@ -335,5 +337,11 @@ def _components(probabilities: Tensor, shape: torch.Size) -> Tensor:
     return (uniform.unsqueeze(-1) >= upper).sum(-1)
 
 
-def _components_last(value: Tensor | float) -> Tensor | float:
-    return value.unsqueeze(-1) if isinstance(value, Tensor) else value
+def _components_first(values: Tensor, n_dims: int) -> Tensor:
+    """Return values of the components in a dimension before `n_dims` others."""
+    return values.reshape(-1, *[1] * n_dims)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Return the softmax over the last dimension; torch is slow at that one where it is short."""
+    return logits.movedim(-1, 0).softmax(0).movedim(0, -1)

@@ -7,7 +7,7 @@ Pearl, "Causality", 2nd edition 2009, section 7.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +16,13 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from cradle_pyro import sites
-from cradle_pyro.inference.objectives import with_imputed_flags
+from cradle_pyro.inference.objectives import is_local, with_imputed_flags
 from cradle_pyro.inference.posterior import draw_latents
 from cradle_pyro.model.intervene import run_world, sample_nodes
 from cradle_pyro.model.noise import AbstractNoise, abduct_noise
 from cradle_pyro.types import Batch
 
-__all__ = ["Abduction", "abduct", "hold_noise", "predict"]
+__all__ = ["Abduction", "abduct", "hold_noise", "predict", "predict_each"]
 
 PyroCallable = Callable[[Batch], object]
 
@@ -40,12 +40,25 @@ class Abduction(NamedTuple):
         Observed site to its noise.
     values
         Site to its factual value, deterministic sites included.
+    local
+        The sites that have a value for every cell.
     """
 
     batch: Batch
     latents: dict[str, Tensor]
     noise: dict[str, AbstractNoise]
     values: dict[str, Tensor]
+    local: frozenset[str]
+
+    def take(self, rows: Tensor) -> Abduction:
+        """Return the abduction of the cells at `rows` (integer positions, any of them often)."""
+
+        def taken(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: value[rows] if n in self.local else value for n, value in values.items()}
+
+        noise = {name: one.take(rows) for name, one in self.noise.items()}
+        batch = self.batch.take(rows)
+        return Abduction(batch, taken(self.latents), noise, taken(self.values), self.local)
 
 
 def abduct(
@@ -102,7 +115,8 @@ def hold_noise(
         factual = poutine.trace(_WithLatents(latents)(model)).get_trace(batch)
     latents, known = dict(latents), set(latents)
     noise, values = {}, {}
-    for name, node in sample_nodes(factual).items():
+    nodes = sample_nodes(factual)
+    for name, node in nodes.items():
         values[name] = value = node["value"]
         if node["infer"].get("_deterministic"):
             continue
@@ -113,7 +127,8 @@ def hold_noise(
         else:
             fresh = fresh_artifact if name == sites.ARTIFACT else None
             noise[name] = abduct_noise(name, node["fn"], value, fresh=fresh)
-    return Abduction(batch, latents, noise, values)
+    local = frozenset(name for name, node in nodes.items() if is_local(node))
+    return Abduction(batch, latents, noise, values, local)
 
 
 class _WithLatents(Messenger):
@@ -145,3 +160,24 @@ def predict(
         Site to its full-shape value. Without any, the world is the factual one, bit for bit.
     """
     return run_world(model, abduction.batch, abduction.latents, acts, abduction.noise)
+
+
+def predict_each(
+    model: PyroCallable, abduction: Abduction, worlds: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return the values of the cells' sites in several worlds, shape (worlds, cells, ...).
+
+    The same as :func:`predict` in one world after the other, in one run of the model.
+
+    Parameters
+    ----------
+    model, abduction
+        As in :func:`predict`.
+    worlds
+        Of each world the acts. Several worlds must act on the same sites, all of them of cells.
+    """
+    n_cells = len(abduction.batch)
+    rows = torch.arange(n_cells, device=abduction.batch.library.device).repeat(len(worlds))
+    acts = {name: torch.cat([world[name] for world in worlds]) for name in worlds[0]}
+    values = predict(model, abduction.take(rows), acts)
+    return {name: values[name].unflatten(0, (-1, n_cells)) for name in abduction.local}

@@ -20,7 +20,7 @@ from cradle_pyro.data.encode import canonical_label
 from cradle_pyro.errors import QueryError, near, shown
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.model.log_expression import expected_log2_expression
-from cradle_pyro.queries.abduction import Abduction, predict
+from cradle_pyro.queries.abduction import Abduction, predict_each
 from cradle_pyro.queries.calls import s_values, sign_calls
 from cradle_pyro.queries.counterfactual import query_cells, query_record
 from cradle_pyro.queries.draws import (
@@ -68,6 +68,7 @@ Scale = Literal["rate", "counts"]
 _INTERVAL = (0.025, 0.975)
 _COLUMNS = ("gene", "mean", "sd", "ci_low", "ci_high", "lfsr", "out_of_support")
 _ENTRIES_AT_A_TIME = 20_000_000
+_ENTRIES_OF_WORLDS = 1_000_000
 
 
 def average_effect(
@@ -519,15 +520,14 @@ def count_effects(
         with seeded(seed_of(seed, draw)):
             cells = reference_draw(posterior, n_cells)
             place = (torch.randperm(n_cells) + torch.rand(n_cells)).numpy() / n_cells
-        for row, (library, one) in enumerate(zip(depths, checked, strict=True)):
-            depth = torch.as_tensor(library[(place * len(library)).astype(np.int64)])
-            depth = depth.to(cells.batch.library)
-            acts = one.acts(cells.batch, cells.values) | {sites.LIBRARY: depth}
-            with _Counts() as counts:
-                predict(posterior.model, cells, acts)
-            with seeded(seed_of(seed, draw, 0)):
-                values = counts.log2_expression(posterior, depth)
-            totals[row] += values.mean(0).cpu().numpy() / draws
+        for some in _at_a_time(len(checked), n_cells * schema.n_genes):
+            acts = []
+            for library, one in zip(depths[some], checked[some], strict=True):
+                depth = torch.as_tensor(library[(place * len(library)).astype(np.int64)])
+                depth = depth.to(cells.batch.library)
+                acts.append(one.acts(cells.batch, cells.values) | {sites.LIBRARY: depth})
+            found = _count_expression(posterior, cells, acts, seed_of(seed, draw, 0))
+            totals[some] += found.cpu().numpy() / draws
     return totals[1:] - totals[:1]
 
 
@@ -540,14 +540,27 @@ class _Counts(Messenger):
         if msg["name"] == sites.COUNTS:
             self.fn = msg["fn"]
 
-    def log2_expression(self, posterior: Posterior, library: Tensor) -> Tensor:
-        """Return the expected log expression of the cells, or that of drawn counts."""
+
+def _count_expression(
+    posterior: Posterior, cells: Abduction, worlds: Sequence[Mapping[str, Tensor]], seed: int
+) -> Tensor:
+    """Return the mean log expression of counts in each world, shape (worlds, genes).
+
+    In expectation over the counts, or of counts that are drawn alike in all worlds.
+    """
+    with _Counts() as counts:
+        predict_each(posterior.model, cells, worlds)
+    library = torch.cat([acts[sites.LIBRARY] for acts in worlds])
+    try:
         with torch.no_grad():
-            try:
-                return expected_log2_expression(self.fn, library)
-            except TypeError:
-                world = {sites.COUNTS: self.fn.sample(), sites.LIBRARY: library}
-                return log2_expression(posterior, _fraction(posterior, world))
+            values = expected_log2_expression(counts.fn, library)
+    except TypeError:
+        if len(worlds) > 1:
+            return torch.cat([_count_expression(posterior, cells, [w], seed) for w in worlds])
+        with seeded(seed), torch.no_grad():
+            world = {sites.COUNTS: counts.fn.sample(), sites.LIBRARY: library}
+            values = log2_expression(posterior, _fraction(posterior, world))
+    return values.unflatten(0, (len(worlds), len(cells.batch))).mean(1)
 
 
 class _Groups(NamedTuple):
@@ -621,12 +634,12 @@ def _contrasts(
     totals = np.zeros(shape, dtype=np.float32)
 
     def add(abduction: Abduction, draw: int, codes: np.ndarray, sizes: np.ndarray) -> None:
-        reference = _expression(posterior, abduction, base, scale)
+        reference = _expression(posterior, abduction, [base], scale)
         share = reference.new_zeros(n_groups, len(codes))
         share[codes, np.arange(len(codes))] = torch.as_tensor(1 / sizes[codes]).to(share)
-        for column, world in enumerate(worlds):
-            change = _expression(posterior, abduction, world, scale) - reference
-            totals[draw, column] += (share @ change).cpu().numpy()
+        for some in _at_a_time(len(worlds), reference.numel()):
+            change = _expression(posterior, abduction, worlds[some], scale) - reference
+            totals[draw, some] += (share @ change).cpu().numpy()
 
     if groups is None:
         flags = [one.flags for one in (*worlds, base)]
@@ -668,11 +681,23 @@ def _both_contrasts(
     return values, _contrasts(posterior, worlds, base, given_slab=True, **how)
 
 
+def _at_a_time(n_worlds: int, n_entries: int) -> Iterator[slice]:
+    """Yield runs of worlds of `n_entries` each that are few enough to be predicted together."""
+    size = max(_ENTRIES_OF_WORLDS // n_entries, 1)
+    for start in range(0, n_worlds, size):
+        yield slice(start, min(start + size, n_worlds))
+
+
 def _expression(
-    posterior: Posterior, abduction: Abduction, checked: CheckedIntervention, scale: Scale
+    posterior: Posterior,
+    abduction: Abduction,
+    worlds: Sequence[CheckedIntervention],
+    scale: Scale,
 ) -> Tensor:
-    world = predict(posterior.model, abduction, checked.acts(abduction.batch, abduction.values))
-    value = world[sites.RATE] if scale == "rate" else _fraction(posterior, world)
+    """Return the log expression of the cells in each world, shape (worlds, cells, genes)."""
+    acts = [one.acts(abduction.batch, abduction.values) for one in worlds]
+    values = predict_each(posterior.model, abduction, acts)
+    value = values[sites.RATE] if scale == "rate" else _fraction(posterior, values)
     return log2_expression(posterior, value)
 
 
