@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cradle_pyro.baselines.glm import NegativeBinomialGLM
 from cradle_pyro.baselines.linear import LinearRegression
 from cradle_pyro.baselines.predictor import Depth, FittedPredictor, Predictor
+from cradle_pyro.baselines.scvi_tools import SCVIPredictor
 from cradle_pyro.baselines.shrinkage import shrink
 from cradle_pyro.baselines.simple import (
     Additive,
@@ -382,7 +383,7 @@ _SIMPLE: Final[dict[str, Callable[..., Predictor]]] = {
     "empirical_bayes": EmpiricalBayes,
     "linear": LinearRegression,
 }
-KINDS: Final = (*_SIMPLE, "glm", *PEERS)
+KINDS: Final = (*_SIMPLE, "glm", "scvi", *PEERS)
 """All kinds of predictors that `make_predictor` knows."""
 
 
@@ -429,6 +430,8 @@ def make_predictor(
     config = (config or Config()).with_settings([*PEERS.get(kind, ()), *settings])
     if kind == "glm":
         return NegativeBinomialGLM(cells=cells or "passing", name=name or kind)
+    if kind == "scvi":
+        return SCVIPredictor(cells or "passing", seed=config.train.seed, name=name or kind)
     if kind in _SIMPLE:
         grouping = config.evaluation.grouping
         return _SIMPLE[kind](cells=cells or "passing", grouping=grouping, name=name or kind)

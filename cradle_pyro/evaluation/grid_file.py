@@ -64,6 +64,7 @@ def read_benchmark(path: str | Path, *, screens: str | Path | None = None) -> Be
 def check_grid(benchmark: Benchmark) -> None:
     """Raise a ConfigError for names, kinds, settings or files of a grid that cannot be."""
     from cradle_pyro.baselines.learned import CANDIDATES
+    from cradle_pyro.baselines.scvi_tools import check_scvi_tools
 
     predictors = benchmark.all_predictors
     _check_unique("screen", [one.name for one in benchmark.screens])
@@ -101,6 +102,8 @@ def check_grid(benchmark: Benchmark) -> None:
         _check_tuning(benchmark, screen)
     if benchmark.cell_eval:
         check_cell_eval()
+    if any(one.kind == "scvi" for one in predictors):
+        check_scvi_tools()
     _check_cells(benchmark)
 
 
