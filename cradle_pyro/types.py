@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SCALE", "Batch", "EffectStart", "Schema", "Statistics"]
+__all__ = ["SCALE", "Batch", "Carried", "EffectStart", "Schema", "Statistics"]
 
 SCALE: Final = 1e4
 """Counts per cell to which fractions are scaled before a logarithm."""
@@ -127,6 +127,24 @@ class EffectStart(NamedTuple):
     error: Tensor
 
 
+class Carried(NamedTuple):
+    """The perturbations and combinations that cells of a batch carry, of all that there are.
+
+    Parameters
+    ----------
+    perturbations, combinations
+        Their positions, shape (carried,) each.
+    perturbation_weights, combination_weights
+        How much of each one's own terms of the bound the batch stands for: its share of the
+        training cells that carry it, times the number of batches. One in expectation.
+    """
+
+    perturbations: Tensor
+    perturbation_weights: Tensor
+    combinations: Tensor
+    combination_weights: Tensor
+
+
 @dataclass(frozen=True)
 class Batch:
     """Cells as the model sees them: tensors only, one row per cell.
@@ -151,6 +169,9 @@ class Batch:
         state, for the partner form of the counterfactual term.
     partner_rows
         Row of this batch to which each row of `partner` belongs; shape (partners,).
+    carried
+        In training with many perturbations: those whose effects are drawn, so that a step costs as
+        much as its cells carry. None: all. Columns of `perturbation` are always all of them.
     """
 
     counts: Tensor
@@ -161,30 +182,36 @@ class Batch:
     artifact_observed: Tensor | None = None
     partner: Batch | None = None
     partner_rows: Tensor | None = None
+    carried: Carried | None = None
 
     def __len__(self) -> int:
         return self.library.shape[0]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Return the batch on `device`."""
-        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+        def moved(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=non_blocking)
+
+        carried = None if self.carried is None else Carried(*map(moved, self.carried))
+        return self._map(moved).replace(carried=carried)
 
     def take(self, rows: Tensor) -> Batch:
         """Return the cells at `rows` (integer positions), without partners."""
         alone = dataclasses.replace(self, partner=None, partner_rows=None)
         return alone._map(lambda value: value[rows])
 
-    def replace(self, **fields: Tensor | Batch | None) -> Batch:
+    def replace(self, **fields: Tensor | Batch | Carried | None) -> Batch:
         """Return a copy with some fields replaced."""
         return dataclasses.replace(self, **fields)  # type: ignore[arg-type]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """Return the batch with `function` applied to every tensor, those of the partner too."""
+        """Return the batch with `function` applied to its cells' tensors, and the partner's."""
         changed: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Batch):
                 changed[field.name] = value._map(function)
-            elif value is not None:
+            elif isinstance(value, Tensor):
                 changed[field.name] = function(value)
         return dataclasses.replace(self, **changed)

@@ -392,7 +392,10 @@ def _flip(
             )
             library = torch.where(changed, of_state, library)
     changed = torch.rand(n_cells, device=device) < flip_perturbation
-    designs = pool.designs[torch.multinomial(pool.design_weights, n_cells, replacement=True)]
+    if batch.carried is None:
+        designs = pool.designs[torch.multinomial(pool.design_weights, n_cells, replacement=True)]
+    else:  # what other cells of the batch carry: of others there are no effects
+        designs = batch.perturbation[torch.randperm(n_cells, device=device)]
     perturbation = torch.where(changed.unsqueeze(-1), designs, batch.perturbation)
     return batch.replace(artifact=artifact, library=library, perturbation=perturbation)
 

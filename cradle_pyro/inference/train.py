@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,13 +30,18 @@ from cradle_pyro.inference.posterior import (
     flag_column,
     reference_cells,
 )
+from cradle_pyro.model.cradle import with_combinations
 from cradle_pyro.seeding import seeded
-from cradle_pyro.types import Batch
+from cradle_pyro.types import Batch, Carried
 
 if TYPE_CHECKING:
     import lightning as L
 
 __all__ = ["fit", "flip_pool"]
+
+_FEW_EFFECTS: Final = 200
+_CELLS_AT_A_TIME: Final = 4096
+_SMALLEST_WEIGHT: Final = 1e-12
 
 
 def fit(
@@ -113,8 +118,12 @@ def fit(
     objective = CradleELBO(
         config.objective, flip_pool(train), failing_share=float(statistics.failing_share)
     )
+    carriers = None
+    # With few, a batch carries nearly all of them; an edited pair may not know of them.
+    if pair is None and data.schema.n_perturbations + len(statistics.combinations) > _FEW_EFFECTS:
+        carriers = Carriers.among(train, statistics.combinations)
     history = _train_pair(
-        model, guide, objective, data, config, progress=progress,
+        model, guide, objective, data, config, carriers=carriers, progress=progress,
         checkpoint_dir=checkpoint_dir, resume=resume, callbacks=callbacks,
     )  # fmt: skip
     return Posterior(
@@ -187,11 +196,63 @@ def _dosages(train: CellData) -> dict[str, list[float]]:
     return {name: ends for name, ends in ranges.items() if ends != [1.0, 1.0]}
 
 
-class CellBatches(Dataset):
-    """Batches of cells by position, with partners where the objective wants them."""
+class Carriers(NamedTuple):
+    """How many training cells carry each perturbation and combination.
 
-    def __init__(self, data: CellData, rows: np.ndarray, *, partner: bool, seed: int) -> None:
+    Parameters
+    ----------
+    combinations
+        Members of each combination, 0 or 1, shape (combinations, perturbations).
+    cells
+        Number of cells that carry each perturbation, then each combination.
+    n_cells
+        Number of training cells.
+    """
+
+    combinations: Tensor
+    cells: Tensor
+    n_cells: int
+
+    @classmethod
+    def among(cls, train: CellData, combinations: Tensor) -> Carriers:
+        """Count the carriers among training cells, some at a time."""
+        total = torch.zeros(combinations.shape[1] + len(combinations))
+        for start in range(0, train.n_cells, _CELLS_AT_A_TIME):
+            some = train.perturbation[start : start + _CELLS_AT_A_TIME].toarray()
+            total += (with_combinations(torch.as_tensor(some), combinations) > 0).sum(0)
+        return cls(combinations, total, train.n_cells)
+
+    def carried(self, perturbation: Tensor) -> Carried:
+        """Return what the cells of a batch carry, given their design."""
+        carries = (with_combinations(perturbation, self.combinations) > 0).sum(0)
+        share = carries / self.cells.clamp(min=1) * (self.n_cells / len(perturbation))
+        n_perturbations = perturbation.shape[1]
+        parts = []
+        for columns in (slice(0, n_perturbations), slice(n_perturbations, None)):
+            rows = carries[columns].nonzero().ravel()
+            if not len(rows) and len(carries[columns]):
+                rows = rows.new_zeros(1)  # plates hold at least one
+            parts += [rows, share[columns][rows].clamp(min=_SMALLEST_WEIGHT)]
+        return Carried(*parts)
+
+
+class CellBatches(Dataset):
+    """Batches of cells by position, with partners where the objective wants them.
+
+    With `carriers`, batches say what their cells carry, so that no other effects are drawn.
+    """
+
+    def __init__(
+        self,
+        data: CellData,
+        rows: np.ndarray,
+        *,
+        partner: bool,
+        seed: int,
+        carriers: Carriers | None = None,
+    ) -> None:
         self.data = data
+        self.carriers = carriers
         self.cells = rows
         self.partner = partner
         self.seed = seed
@@ -220,15 +281,16 @@ class CellBatches(Dataset):
         """Return the batch of the cells at `positions` of this set."""
         rows = self.cells[np.asarray(positions)]
         batch = self.data.batch(rows)
+        if self.carriers is not None:
+            batch = batch.replace(carried=self.carriers.carried(batch.perturbation))
         if not self.partner:
             return batch
         partners = self.partners[rows]
         has = np.flatnonzero(partners >= 0)
         if not len(has):
             return batch
-        return batch.replace(
-            partner=self.data.batch(partners[has]), partner_rows=torch.as_tensor(has)
-        )
+        partner = self.data.batch(partners[has]).replace(carried=batch.carried)
+        return batch.replace(partner=partner, partner_rows=torch.as_tensor(has))
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -255,13 +317,16 @@ class EpochBatches(Sampler[list[int]]):
             yield order[start : start + self.batch_size].tolist()
 
 
-def _loader(data: CellData, config: Config, split: str) -> DataLoader:
+def _loader(
+    data: CellData, config: Config, split: str, carriers: Carriers | None = None
+) -> DataLoader:
     rows = np.flatnonzero(np.asarray(data.split) == split)
     dataset = CellBatches(
         data,
         rows,
         partner=isinstance(config.objective.counterfactual, PartnerTerm),
         seed=config.train.seed,
+        carriers=carriers,
     )
     dataset.set_epoch(0)
     seed = config.train.seed if split == "train" else None
@@ -276,6 +341,7 @@ def _train_pair(
     data: CellData,
     config: Config,
     *,
+    carriers: Carriers | None,
     progress: bool,
     checkpoint_dir: str | Path | None,
     resume: bool,
@@ -291,7 +357,7 @@ def _train_pair(
         directory = Path(checkpoint_dir)
         stack.enter_context(seeded(config.train.seed))
         stack.enter_context(quiet_lightning())
-        train, validation = _loader(data, config, "train"), _loader(data, config, "val")
+        train, validation = (_loader(data, config, part, carriers) for part in ("train", "val"))
         loop = TrainingLoop(model, guide, objective, config.train)
         resume_from = last_checkpoint(directory, loop.state_dict()) if resume else None
         history = History()

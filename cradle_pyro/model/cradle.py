@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
 import torch
-from pyro import deterministic, plate, sample
+from pyro import deterministic, plate, poutine, sample
 from pyro import distributions as dist
 from torch import Tensor, nn
 
 from cradle_pyro import sites
 from cradle_pyro.config import GeneEffectConfig, ModelConfig
-from cradle_pyro.types import Batch, Schema, Statistics
+from cradle_pyro.types import Batch, Carried, Schema, Statistics
 
 from .likelihoods import make_likelihood
 from .networks import Decoder
 from .relaxed import PresenceBernoulli, ScaleMixtureNormal, normal_expectation
 
-__all__ = ["Cradle", "cells_plate", "gate", "with_combinations"]
+__all__ = [
+    "Cradle",
+    "carried_design",
+    "cells_plate",
+    "effects_plate",
+    "gate",
+    "of_rows",
+    "with_combinations",
+]
 
 _FIRST_RESPONSE_LOADING = 3.0  # steep enough to part cells that respond from cells that escape
 
@@ -24,6 +36,19 @@ def cells_plate(n_cells: int, batch: Batch) -> plate:
     """Return the plate of the cells in `batch`, scaled to the `n_cells` of the training set."""
     rows = torch.arange(len(batch), device=batch.library.device)
     return plate(sites.CELLS, n_cells, subsample=rows, dim=-1)
+
+
+@contextmanager
+def effects_plate(
+    name: str, size: int, rows: Tensor | None, weights: Tensor | None
+) -> Iterator[None]:
+    """Open the plate of all effects, or of those at `rows`, whose terms count `weights` times."""
+    with ExitStack() as stack:
+        stack.enter_context(plate(name, size, subsample=rows, dim=-1))
+        if rows is not None and weights is not None:
+            # The plate counts each of them size / len(rows) times.
+            stack.enter_context(poutine.scale(scale=weights * (len(rows) / size)))
+        yield
 
 
 def gate(artifact: Tensor) -> Tensor:
@@ -55,6 +80,22 @@ def with_combinations(perturbation: Tensor, combinations: Tensor) -> Tensor:
     return torch.cat([perturbation, present * dosage.exp()], -1)
 
 
+def of_rows(module: nn.Module, rows: Tensor | None, *inputs: Tensor) -> Any:
+    """Return a module's distribution of all effects, or of those at `rows`.
+
+    A module of an edited pair need not know of rows.
+    """
+    return module(*inputs) if rows is None else module(*inputs, rows)
+
+
+def carried_design(perturbation: Tensor, combinations: Tensor, carried: Carried | None) -> Tensor:
+    """Return :func:`with_combinations`, only the columns that cells of the batch carry if given."""
+    if carried is not None:
+        perturbation = perturbation[..., carried.perturbations]
+        combinations = combinations[carried.combinations][:, carried.perturbations]
+    return with_combinations(perturbation, combinations)
+
+
 class GeneEffectPrior(nn.Module):
     """Prior of the direct effects: one scale mixture per perturbation, or per combination.
 
@@ -79,9 +120,10 @@ class GeneEffectPrior(nn.Module):
             weights.log().repeat(n_effects, 1), requires_grad=config.learn_weights
         )
 
-    def forward(self) -> ScaleMixtureNormal:
-        """Return the prior, batch shape (effects, genes)."""
-        log_weights = self.logits.log_softmax(-1).unsqueeze(-2)
+    def forward(self, rows: Tensor | None = None) -> ScaleMixtureNormal:
+        """Return the prior, of the effects at `rows` if given; batch shape (effects, genes)."""
+        logits = self.logits if rows is None else self.logits[rows]
+        log_weights = logits.log_softmax(-1).unsqueeze(-2)
         return ScaleMixtureNormal(log_weights.expand(-1, self.n_genes, -1), self.scales)
 
 
@@ -164,38 +206,39 @@ class Cradle(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sample (or score) the cells of `batch`; return counts, shape (cells, genes)."""
-        effect, gene_effect = self.perturbation_effects()
+        effect, gene_effect = self.perturbation_effects(batch.carried)
         artifact_effect, risk, depth = self.artifact_effects()
         with cells_plate(self.n_cells, batch):
             perturbation = deterministic(sites.PERTURBATION, batch.perturbation, event_dim=1)
             artifact = self.artifact(batch, perturbation, risk)
-            perturbation_shift = deterministic(
-                sites.PERTURBATION_SHIFT, perturbation @ effect, event_dim=1
-            )
+            design = carried_design(perturbation, self.combinations, batch.carried)
+            shift = design[..., : effect.shape[-2]] @ effect
+            perturbation_shift = deterministic(sites.PERTURBATION_SHIFT, shift, event_dim=1)
             z_artifact = self.artifact_state(batch, artifact)
             artifact_shift = self.artifact_shift(batch, artifact, artifact_effect, z_artifact)
             library = self.library(batch, artifact, depth)
             z_basal = sample(sites.Z_BASAL, self._standard_normal(batch, self.config.n_latents))
             own = self.own_share(artifact, z_artifact)
-            design = with_combinations(perturbation, self.combinations)
-            change = self.log_fold_change(z_basal, design, gene_effect)
+            change = self.log_fold_change(z_basal, design, gene_effect, batch.carried)
             rate = self.rate(
                 own * z_basal, own * perturbation_shift, artifact_shift, batch.covariates,
                 None if change is None else own * change,
             )  # fmt: skip
             return sample(sites.COUNTS, self.likelihood(rate, library), obs=batch.counts)
 
-    def perturbation_effects(self) -> tuple[Tensor, Tensor | None]:
+    def perturbation_effects(self, carried: Carried | None = None) -> tuple[Tensor, Tensor | None]:
         """Sample the masked latent shifts (perturbations, latents) and the direct effects.
 
         The direct effects are the gene effects of the perturbations, followed by the interactions
-        of the combinations, shape (perturbations + combinations, genes).
+        of the combinations, shape (perturbations + combinations, genes). With `carried`, of these
+        only.
         """
-        config = self.config
+        config, n_perturbations = self.config, self.schema.n_perturbations
         one = self.artifact_loading.new_ones(())
+        rows, weights, combinations, of_combinations = carried or (None,) * 4
         gene_effect = None
-        with plate(sites.PERTURBATIONS, self.schema.n_perturbations, dim=-1):
-            effect = one.new_zeros(self.schema.n_perturbations, config.n_latents)
+        with effects_plate(sites.PERTURBATIONS, n_perturbations, rows, weights):
+            effect = one.new_zeros(n_perturbations if rows is None else len(rows), config.n_latents)
             if config.latent_effect:
                 shape = [config.n_latents]
                 probability = one * config.mask_probability
@@ -205,10 +248,13 @@ class Cradle(nn.Module):
                 size = sample(sites.EFFECT, dist.Normal(0 * one, scale).expand(shape).to_event(1))
                 effect = mask * size
             if self.gene_effect_prior is not None:
-                gene_effect = sample(sites.GENE_EFFECT, self.gene_effect_prior().to_event(1))
+                prior = of_rows(self.gene_effect_prior, rows)
+                gene_effect = sample(sites.GENE_EFFECT, prior.to_event(1))
         if gene_effect is not None and self.interaction_prior is not None:
-            with plate(sites.COMBINATIONS, len(self.combinations), dim=-1):
-                beyond = sample(sites.INTERACTION, self.interaction_prior().to_event(1))
+            n_combinations = len(self.combinations)
+            with effects_plate(sites.COMBINATIONS, n_combinations, combinations, of_combinations):
+                prior = of_rows(self.interaction_prior, combinations)
+                beyond = sample(sites.INTERACTION, prior.to_event(1))
             gene_effect = torch.cat([gene_effect, beyond], -2)
         return effect, gene_effect
 
@@ -288,7 +334,11 @@ class Cradle(nn.Module):
         return sample(sites.LIBRARY, library, obs=batch.library)
 
     def log_fold_change(
-        self, z_basal: Tensor, design: Tensor, gene_effect: Tensor | None
+        self,
+        z_basal: Tensor,
+        design: Tensor,
+        gene_effect: Tensor | None,
+        carried: Carried | None = None,
     ) -> Tensor | None:
         """Return the direct change of the logits, shape (..., cells, genes).
 
@@ -300,13 +350,17 @@ class Cradle(nn.Module):
         if gene_effect is None:
             return None
         if self.has_response:
-            design = design * self.response(z_basal)
+            design = design * self.response(z_basal, carried)
         return design @ gene_effect
 
-    def response(self, z_basal: Tensor) -> Tensor:
+    def response(self, z_basal: Tensor, carried: Carried | None = None) -> Tensor:
         """Return how strongly cells respond, shape (..., cells, perturbations + combinations)."""
-        loading = self.response_loading + self.response_deviation[:, :-1]
-        bias = self.response_bias + self.response_deviation[:, -1]
+        deviation = self.response_deviation
+        if carried is not None:
+            combinations = self.schema.n_perturbations + carried.combinations
+            deviation = deviation[torch.cat([carried.perturbations, combinations])]
+        loading = self.response_loading + deviation[:, :-1]
+        bias = self.response_bias + deviation[:, -1]
         mean = normal_expectation(bias, loading.norm(dim=-1), torch.sigmoid)
         return torch.sigmoid(z_basal @ loading.transpose(-1, -2) + bias) / mean
 

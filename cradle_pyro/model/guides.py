@@ -14,7 +14,15 @@ from cradle_pyro import sites
 from cradle_pyro.config import GuideConfig, NetworkConfig
 from cradle_pyro.types import Batch, EffectStart, Statistics
 
-from .cradle import Cradle, GeneEffectPrior, cells_plate, gate, with_combinations
+from .cradle import (
+    Cradle,
+    GeneEffectPrior,
+    carried_design,
+    cells_plate,
+    effects_plate,
+    gate,
+    of_rows,
+)
 from .networks import CellEncoder, GaussianHead, MeanFieldNormal, ResidualMLP
 from .relaxed import StraightThroughBernoulli, TiltedScaleMixture
 
@@ -34,9 +42,9 @@ class FreeEffect(nn.Module):
         scale = config.initial_scale
         self.normal = MeanFieldNormal(n_perturbations, n_latents, initial_scale=scale)
 
-    def forward(self, mask: Tensor) -> dist.Normal:
-        """Return the Normal, shape (perturbations, latents)."""
-        return self.normal()
+    def forward(self, mask: Tensor, rows: Tensor | None = None) -> dist.Normal:
+        """Return the Normal, shape (perturbations, latents), of those at `rows` only if given."""
+        return self.normal(rows)
 
 
 class MaskedEffect(nn.Module):
@@ -52,10 +60,11 @@ class MaskedEffect(nn.Module):
         # A free offset lets each perturbation move at once; the network adds the dependence.
         self.offset = nn.Parameter(0.01 * torch.randn(n_perturbations, n_latents))
 
-    def forward(self, mask: Tensor) -> dist.Normal:
-        """Return the Normal, shape (..., perturbations, latents)."""
-        normal = self.head(self.network(self.embedding, mask))
-        return dist.Normal(normal.loc + self.offset, normal.scale)
+    def forward(self, mask: Tensor, rows: Tensor | None = None) -> dist.Normal:
+        """Return the Normal, shape (..., perturbations, latents), of those at `rows` if given."""
+        embedding, offset = (_taken(value, rows) for value in (self.embedding, self.offset))
+        normal = self.head(self.network(embedding, mask))
+        return dist.Normal(normal.loc + offset, normal.scale)
 
 
 class TiltedPrior(nn.Module):
@@ -74,9 +83,10 @@ class TiltedPrior(nn.Module):
         error = torch.full((n_effects, n_genes), _INITIAL_EFFECT_ERROR)
         self.register_buffer("error", error)
 
-    def forward(self) -> TiltedScaleMixture:
-        """Return the posterior, batch shape (effects, genes)."""
-        return TiltedScaleMixture(self.prior(), self.standard_loc * self.error, self.error)
+    def forward(self, rows: Tensor | None = None) -> TiltedScaleMixture:
+        """Return the posterior, of the effects at `rows` if given; batch shape (effects, genes)."""
+        loc, error = (_taken(value, rows) for value in (self.standard_loc, self.error))
+        return TiltedScaleMixture(of_rows(self.prior, rows), loc * error, error)
 
 
 class ExpressionInput(nn.Module):
@@ -186,13 +196,14 @@ class CradleGuide(nn.Module):
         expression = self.expression(batch)
         with cells_plate(self.n_cells, batch):
             artifact = self.artifact(batch, expression)
-            z_artifact = self.artifact_state(batch, expression, effect, artifact)
+            design = carried_design(batch.perturbation, self.combinations, batch.carried)
+            shift = design[..., : effect.shape[-2]] @ effect
+            z_artifact = self.artifact_state(batch, expression, shift, artifact)
             context: list[Tensor] = []
             if self.structured:
-                context = [batch.perturbation @ effect, artifact @ artifact_effect]
+                context = [shift, artifact @ artifact_effect]
                 context += [] if z_artifact is None else [z_artifact]
                 if gene_effect is not None:
-                    design = with_combinations(batch.perturbation, self.combinations)
                     context.append(response_summary(expression, design @ gene_effect))
             self.basal_state(batch, expression, context)
 
@@ -219,22 +230,25 @@ class CradleGuide(nn.Module):
 
         Direct effects are gene effects, followed by interactions, as in
         :meth:`Cradle.perturbation_effects`.
-        They do not depend on `batch`; it is there for guides that run the model to learn its sites
-        (AutoGuides).
+        Of `batch` only what its cells carry matters (``batch.carried``); and it is there for guides
+        that run the model to learn its sites (AutoGuides).
         """
-        gene_effect = None
-        with plate(sites.PERTURBATIONS, self.schema.n_perturbations, dim=-1):
-            shape = [self.schema.n_perturbations, self.n_latents]
+        rows, weights, combinations, of_combinations = batch.carried or (None,) * 4
+        n_perturbations, gene_effect = self.schema.n_perturbations, None
+        with effects_plate(sites.PERTURBATIONS, n_perturbations, rows, weights):
+            shape = [n_perturbations if rows is None else len(rows), self.n_latents]
             effect = self.expression.log_mean.new_zeros(shape)
             if self.mask_logits is not None and self.effect is not None:
-                mask_dist = StraightThroughBernoulli(self.mask_logits)
+                mask_dist = StraightThroughBernoulli(_taken(self.mask_logits, rows))
                 mask = sample(sites.EFFECT_MASK, mask_dist.to_event(1))
-                effect = mask * sample(sites.EFFECT, self.effect(mask).to_event(1))
+                effect = mask * sample(sites.EFFECT, of_rows(self.effect, rows, mask).to_event(1))
             if self.gene_effect is not None:
-                gene_effect = sample(sites.GENE_EFFECT, self.gene_effect().to_event(1))
+                gene_effect = sample(sites.GENE_EFFECT, of_rows(self.gene_effect, rows).to_event(1))
         if gene_effect is not None and self.interaction is not None:
-            with plate(sites.COMBINATIONS, len(self.combinations), dim=-1):
-                beyond = sample(sites.INTERACTION, self.interaction().to_event(1))
+            n_combinations = len(self.combinations)
+            with effects_plate(sites.COMBINATIONS, n_combinations, combinations, of_combinations):
+                found = of_rows(self.interaction, combinations)
+                beyond = sample(sites.INTERACTION, found.to_event(1))
             gene_effect = torch.cat([gene_effect, beyond], -2)
         if self.artifact_effect is None:
             return effect, gene_effect, effect.new_zeros(0, effect.shape[-1])
@@ -257,12 +271,12 @@ class CradleGuide(nn.Module):
         return torch.where(observed.unsqueeze(-1), batch.artifact, drawn)
 
     def artifact_state(
-        self, batch: Batch, expression: Tensor, effect: Tensor, artifact: Tensor
+        self, batch: Batch, expression: Tensor, shift: Tensor, artifact: Tensor
     ) -> Tensor | None:
         """Sample z_artifact; its guide is the prior, exactly, where there is no artifact."""
         if self.z_artifact is None:
             return None
-        context = [batch.perturbation @ effect, artifact] if self.structured else []
+        context = [shift, artifact] if self.structured else []
         normal = self._encode(self.z_artifact, batch, expression, context).base_dist
         failing = gate(artifact)
         scale = torch.where(failing > 0, normal.scale, torch.ones_like(normal.scale))
@@ -345,3 +359,7 @@ class CradleGuide(nn.Module):
     ) -> dist.TorchDistribution:
         levels = [batch.covariates] if self.schema.n_covariate_levels else []
         return encoder(expression, *context, *levels)
+
+
+def _taken(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values if rows is None else values[rows]

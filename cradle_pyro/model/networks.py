@@ -129,9 +129,12 @@ class MeanFieldNormal(nn.Module):
         self.loc = nn.Parameter(torch.zeros(shape))
         self.raw_scale = nn.Parameter(torch.full(shape, inverse_softplus(initial_scale)))
 
-    def forward(self) -> dist.Normal:
-        """Return the Normal, batch shape as constructed."""
-        return dist.Normal(self.loc, functional.softplus(self.raw_scale) + _SMALLEST_SCALE)
+    def forward(self, rows: Tensor | None = None) -> dist.Normal:
+        """Return the Normal, batch shape as constructed, or of `rows` of the first dimension."""
+        loc, raw_scale = self.loc, self.raw_scale
+        if rows is not None:
+            loc, raw_scale = loc[rows], raw_scale[rows]
+        return dist.Normal(loc, functional.softplus(raw_scale) + _SMALLEST_SCALE)
 
 
 class Decoder(nn.Module):
