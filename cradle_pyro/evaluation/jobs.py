@@ -306,10 +306,11 @@ def _scored(
 ) -> tuple[Score, dict[str, float]]:
     """Return the scores of a cell and what it cost."""
     benchmark = task.benchmark
-    options = benchmark.screen_config(cell.screen, cell.split, cell.seed).evaluation
+    base = benchmark.screen_config(cell.screen, cell.split, cell.seed)
+    options = base.evaluation
     start = time.perf_counter()
     if cell.predictor.kind == CEILING_KIND:
-        found = score_ceiling(built.data, built.truth, options)
+        found = score_ceiling(built.data, built.truth, options, flags=base.qc.flags)
         return found, {"seconds_to_score": time.perf_counter() - start}
     predictor, config = benchmark.predictor(cell, chosen)
     view = view_of(built, config)

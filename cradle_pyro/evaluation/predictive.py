@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from cradle_pyro.model.intervene import run_world
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch
 
-__all__ = ["GeneratedQC", "generated_qc", "held_out_density", "log_weight"]
+__all__ = ["GeneratedQC", "generated_qc", "held_out_density", "log_weight", "qc_of"]
 
 _QC_MADS = (3.0, 4.0, 5.0)
 _LEAST_GENERATED = 4000  # cells: their own noise in a Kolmogorov-Smirnov distance is then 0.015
@@ -116,17 +116,17 @@ def log_weight(
 
 
 class GeneratedQC(NamedTuple):
-    """QC of cells generated without artifact.
+    """QC of cells, such as those generated without artifact.
 
     Parameters
     ----------
     pass_rate
-        Share of generated cells without a flag, by number of MADs; of the flags that the screen
+        Share of these cells without a flag, by number of MADs; of the flags that the screen
         uses (``qc.flags``), as far as counts alone decide on them.
     real_pass_rate
-        The same for the real cells whose perturbations were used.
+        The same for the real test cells.
     ks
-        Kolmogorov-Smirnov distance of each metric to real passing cells.
+        Kolmogorov-Smirnov distance of each metric to real passing test cells.
     """
 
     pass_rate: dict[str, float]
@@ -146,18 +146,36 @@ def generated_qc(
     """
     rows = np.tile(np.arange(test.n_cells), -(-_LEAST_GENERATED // test.n_cells))
     generated = _generate_passing(posterior, train, test, rows, seed=seed, chunk=chunk)
-    genes = np.asarray(posterior.schema.genes)
-    fitted = qc_metrics(train.rows(slice(None)), genes)
-    new = qc_metrics(generated, genes)
-    real = qc_metrics(test.rows(slice(None)), genes)
+    return qc_of(generated, train, test, flags=posterior.config.qc.flags)
+
+
+def qc_of(
+    counts: sp.csr_array, train: CellData, test: CellData, *, flags: Sequence[str] = ()
+) -> GeneratedQC:
+    """Return how often cells pass the QC of the training cells, and how real they look.
+
+    Parameters
+    ----------
+    counts
+        Cells to judge: generated ones, or real ones, which tell how far real cells are apart.
+    train, test
+        Real cells, on which thresholds are fitted, and with which `counts` are compared.
+    flags
+        Those that the screen uses; empty, or none that counts decide on, for all.
+    """
+    genes = np.asarray(train.schema.genes)
+    fitted, new, real = (
+        qc_metrics(cells, genes)
+        for cells in (train.rows(slice(None)), counts, test.rows(slice(None)))
+    )
     pass_rate: dict[str, float] = {}
     real_pass_rate: dict[str, float] = {}
     for n_mads in _QC_MADS:
         thresholds = fit_thresholds(fitted, n_mads)
-        used = set(posterior.config.qc.flags) & set(thresholds.flags) or thresholds.flags
+        used = set(flags) & set(thresholds.flags) or thresholds.flags
         for metrics, rates in ((new, pass_rate), (real, real_pass_rate)):
-            flags = qc_flags(metrics, thresholds)
-            rates[f"{n_mads:g}"] = qc_pass_rate({k: v for k, v in flags.items() if k in used})
+            raised = qc_flags(metrics, thresholds)
+            rates[f"{n_mads:g}"] = qc_pass_rate({k: v for k, v in raised.items() if k in used})
     passing = test.passing
     ks = {
         name: ks_distance(new[name], values[passing])

@@ -32,7 +32,12 @@ from cradle_pyro.evaluation.metrics import (
     score_effects,
 )
 from cradle_pyro.evaluation.outside import cell_eval_scores
-from cradle_pyro.evaluation.predictive import generated_qc, held_out_density
+from cradle_pyro.evaluation.predictive import (
+    GeneratedQC,
+    generated_qc,
+    held_out_density,
+    qc_of,
+)
 from cradle_pyro.evaluation.reference import Ceiling, group_effects, split_half_ceiling
 from cradle_pyro.evaluation.soundness import (
     FOLDS,
@@ -251,15 +256,18 @@ def ceiling_of(data: CellData, block: Block, options: EvaluationConfig) -> Ceili
     )  # fmt: skip
 
 
-def score_ceiling(data: CellData, truth: Truth | None, options: EvaluationConfig) -> Score:
+def score_ceiling(
+    data: CellData, truth: Truth | None, options: EvaluationConfig, *, flags: Sequence[str] = ()
+) -> Score:
     """Return how well the references agree with themselves.
 
     Rows of "cells" are the split-half ceiling, Spearman-Brown corrected, that another sample of as
     many cells would reach; those with "_noise_free" the score of the exact expected effects.
     Against the truth, the truth itself. Of "generated", one half of the real cells judged by the
-    other: a ceiling on the careful side, since halves are smaller.
+    other: a ceiling on the careful side, since halves are smaller. Of "model", QC of real passing
+    training cells, by `flags`, those that the screen uses.
     """
-    test = data.where(split="test")
+    train, test = data.where(split="train"), data.where(split="test")
     rows: list[tuple[Any, ...]] = []
     for block in reference_blocks(data, truth, options):
         place = (block.reference, block.labels, "")
@@ -277,6 +285,9 @@ def score_ceiling(data: CellData, truth: Truth | None, options: EvaluationConfig
             real, _ = _real_sample(test, block, options.seed)
             halves = real.halves(options.seed)
             rows += _cells_compared(block, _embedding(data, options.seed), *halves)
+    if data.values == "counts" and train.passing.any():
+        found = _qc_scores(qc_of(train.rows(train.passing), train, test, flags=flags))
+        rows += [("model", "all", "", name, value, 0) for name, value in found.items()]
     return Score(_table(rows), [], data.schema.genes)
 
 
@@ -499,7 +510,10 @@ def density_of(posterior: Posterior, cells: CellData, options: EvaluationConfig)
 def _quality(
     posterior: Posterior, train: CellData, test: CellData, options: EvaluationConfig
 ) -> dict[str, float]:
-    qc = generated_qc(posterior, train, test, seed=options.seed)
+    return _qc_scores(generated_qc(posterior, train, test, seed=options.seed))
+
+
+def _qc_scores(qc: GeneratedQC) -> dict[str, float]:
     found = {f"qc_pass_{mads}mad": rate for mads, rate in qc.pass_rate.items()}
     return found | {f"qc_ks_{name}": value for name, value in qc.ks.items()}
 

@@ -61,7 +61,8 @@ _CHECKS: dict[str, dict[str, str]] = {
         "leakage_perturbation_logistic": "perturbation, logistic",
         "leakage_artifact_knn_se": "se of the first",
     },
-    "Cells generated without artifact: share that passes QC, and distance to real passing cells": {
+    "Cells generated without artifact (ceiling: real training cells that pass): share that passes "
+    "QC, and distance to passing test cells": {
         "qc_pass_3mad": "3 MAD",
         "qc_pass_4mad": "4 MAD",
         "qc_pass_5mad": "5 MAD",
