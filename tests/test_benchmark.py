@@ -337,7 +337,13 @@ def test_a_single_predictor_may_go_unchecked(tmp_path):
     other = '[[predictors]]\nname = "unchecked"\nkind = "cradle"\ndiagnostics = false\n'
     text = changed("diagnostics = false", "diagnostics = true", changed("[0, 1]", "[0]")) + other
     result = run(write_grid(tmp_path, text), tmp_path / "out")
-    assert set(result.scores.query("reference == 'model'")["predictor"]) == {"cradle"}
+    checked = result.scores.query("reference == 'model'")
+    assert set(checked["predictor"]) == {"cradle", "ceiling"}
+    # The ceiling of how cells pass QC is how real training cells do.
+    of_ceiling = checked.query("predictor == 'ceiling'").set_index("metric")["value"]
+    assert {"qc_pass_3mad", "qc_ks_counts"} <= set(of_ceiling.index)
+    assert of_ceiling["qc_pass_5mad"] == 1
+    assert of_ceiling.filter(like="qc_ks").max() < 0.5
     assert "unchecked" in set(result.scores.query("reference == 'truth'")["predictor"])
 
 

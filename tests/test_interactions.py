@@ -29,9 +29,9 @@ def predictions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     expression = queries._expression
 
-    def counted(posterior, abduction, checked, scale):
-        seen.append(str(checked.intervention))
-        return expression(posterior, abduction, checked, scale)
+    def counted(posterior, abduction, worlds, scale):
+        seen.extend(str(one.intervention) for one in worlds)
+        return expression(posterior, abduction, worlds, scale)
 
     monkeypatch.setattr(queries, "_expression", counted)
     return seen

@@ -43,7 +43,7 @@ from cradle_pyro.queries.effects import count_effects, effect_draws
 from cradle_pyro.queries.interventions import do, label_design
 from cradle_pyro.queries.worlds import intervene
 from cradle_pyro.seeding import seeded
-from cradle_pyro.types import Batch, Schema, Statistics
+from cradle_pyro.types import Batch, Carried, Schema, Statistics
 
 if TYPE_CHECKING:
     from cradle_pyro.data.dataset import CellData
@@ -141,9 +141,10 @@ class ConditionalVAE(Cradle):
         super().__init__(schema, config.model, statistics)
         self.embedding = nn.Parameter(torch.randn(schema.n_perturbations, config.model.n_latents))
 
-    def perturbation_effects(self) -> tuple[Tensor, Tensor | None]:
+    def perturbation_effects(self, carried: Carried | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the embeddings; nothing is sampled."""
-        return self.embedding, None
+        rows = slice(None) if carried is None else carried.perturbations
+        return self.embedding[rows], None
 
 
 class ConditionalGuide(CradleGuide):

@@ -244,7 +244,7 @@ def _anndata(data: CellData) -> AnnData:
         counts = sp.hstack([counts, sp.csr_matrix(rest[:, None])], format="csr")
     obs = {_LABEL: pd.Categorical(data.labels)}
     for k, (name, levels) in enumerate(data.schema.covariates):
-        obs[name] = pd.Categorical.from_codes(data.covariates[:, k], categories=list(levels))
+        obs[name] = pd.Categorical(np.asarray(levels)[data.covariates[:, k]], categories=levels)
     index = pd.Index(np.asarray(data.obs_names).astype(str))
     return AnnData(counts.astype(np.float32), obs=pd.DataFrame(obs, index=index))
 

@@ -206,7 +206,9 @@ class Cradle(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sample (or score) the cells of `batch`; return counts, shape (cells, genes)."""
-        effect, gene_effect = self.perturbation_effects(batch.carried)
+        # Equations of edited models need not know of it: their batches carry everything.
+        carried = () if batch.carried is None else (batch.carried,)
+        effect, gene_effect = self.perturbation_effects(*carried)
         artifact_effect, risk, depth = self.artifact_effects()
         with cells_plate(self.n_cells, batch):
             perturbation = deterministic(sites.PERTURBATION, batch.perturbation, event_dim=1)
@@ -219,7 +221,7 @@ class Cradle(nn.Module):
             library = self.library(batch, artifact, depth)
             z_basal = sample(sites.Z_BASAL, self._standard_normal(batch, self.config.n_latents))
             own = self.own_share(artifact, z_artifact)
-            change = self.log_fold_change(z_basal, design, gene_effect, batch.carried)
+            change = self.log_fold_change(z_basal, design, gene_effect, *carried)
             rate = self.rate(
                 own * z_basal, own * perturbation_shift, artifact_shift, batch.covariates,
                 None if change is None else own * change,
@@ -350,12 +352,12 @@ class Cradle(nn.Module):
         if gene_effect is None:
             return None
         if self.has_response:
-            design = design * self.response(z_basal, carried)
+            design = design * self.response(z_basal, *(() if carried is None else (carried,)))
         return design @ gene_effect
 
     def response(self, z_basal: Tensor, carried: Carried | None = None) -> Tensor:
         """Return how strongly cells respond, shape (..., cells, perturbations + combinations)."""
-        deviation = self.response_deviation
+        deviation: Tensor = self.response_deviation
         if carried is not None:
             combinations = self.schema.n_perturbations + carried.combinations
             deviation = deviation[torch.cat([carried.perturbations, combinations])]

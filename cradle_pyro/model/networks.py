@@ -131,9 +131,9 @@ class MeanFieldNormal(nn.Module):
 
     def forward(self, rows: Tensor | None = None) -> dist.Normal:
         """Return the Normal, batch shape as constructed, or of `rows` of the first dimension."""
-        loc, raw_scale = self.loc, self.raw_scale
-        if rows is not None:
-            loc, raw_scale = loc[rows], raw_scale[rows]
+        loc, raw_scale = (
+            value if rows is None else value[rows] for value in (self.loc, self.raw_scale)
+        )
         return dist.Normal(loc, functional.softplus(raw_scale) + _SMALLEST_SCALE)
 
 
