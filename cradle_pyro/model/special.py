@@ -1,4 +1,4 @@
-"""The rising factorial of counts, several times faster than torch's log gamma and its gradient."""
+"""The rising factorial of counts, two to three times as fast as torch's log gamma and its slope."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["log_rising"]
 
-_SHIFT = {torch.float32: 4, torch.float64: 8}
+_SHIFT, _DOUBLE_SHIFT = 4, 8
 # Of Stirling's series of log gamma, and of the digamma function, in odd and even powers of 1/z.
 _LOG_GAMMA = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680)
 _DIGAMMA = (-1 / 12, 1 / 120, -1 / 252, 1 / 240)
@@ -45,7 +45,7 @@ def log_rising(counts: Tensor, start: Tensor) -> Tensor:
 class _LogRising(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counts: Tensor, start: Tensor) -> Tensor:
-        shift = _SHIFT[counts.dtype]
+        shift = _DOUBLE_SHIFT if counts.dtype == torch.float64 else _SHIFT
         low = start + shift
         high = counts + low
         log_ratio = torch.log1p(counts / low)

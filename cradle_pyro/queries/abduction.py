@@ -7,7 +7,6 @@ Pearl, "Causality", 2nd edition 2009, section 7.1.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -168,8 +167,7 @@ def predict_each(
 ) -> dict[str, Tensor]:
     """Return the values of the cells' sites in several worlds, shape (worlds, cells, ...).
 
-    The same as :func:`predict` in one world after the other, in one run of the model where it can
-    be run on other cells than these.
+    The same as :func:`predict` in one world after the other, in one run of the model.
 
     Parameters
     ----------
@@ -178,13 +176,8 @@ def predict_each(
     worlds
         Of each world the acts. Several worlds must act on the same sites, all of them of cells.
     """
-    if len(worlds) > 1:
-        n_cells = len(abduction.batch)
-        rows = torch.arange(n_cells, device=abduction.batch.library.device).repeat(len(worlds))
-        acts = {name: torch.cat([world[name] for world in worlds]) for name in worlds[0]}
-        with contextlib.suppress(RuntimeError, ValueError):
-            values = predict(model, abduction.take(rows), acts)
-            return {name: values[name].unflatten(0, (-1, n_cells)) for name in abduction.local}
-    # One by one: an edited model may hold values of just so many cells.
-    found = [predict(model, abduction, world) for world in worlds]
-    return {name: torch.stack([values[name] for values in found]) for name in abduction.local}
+    n_cells = len(abduction.batch)
+    rows = torch.arange(n_cells, device=abduction.batch.library.device).repeat(len(worlds))
+    acts = {name: torch.cat([world[name] for world in worlds]) for name in worlds[0]}
+    values = predict(model, abduction.take(rows), acts)
+    return {name: values[name].unflatten(0, (-1, n_cells)) for name in abduction.local}
