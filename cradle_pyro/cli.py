@@ -157,7 +157,10 @@ def train(
 
     Example: cradle-pyro train annotated.h5ad --out runs/a --set train.max_epochs=30
     """
+    from cradle_pyro.inference.loop import is_first_process
     from cradle_pyro.workflow import train_run
+
+    quiet = _leave_warnings_out(quiet or not is_first_process())
 
     flags = {
         "data.perturbation_key": perturbation_key,

@@ -240,7 +240,11 @@ class ObjectiveConfig(_Component):
 
 
 class TrainConfig(_Component):
-    """Optimisation; everything here is passed to Lightning or to AdamW."""
+    """Optimisation; everything here is passed to Lightning or to AdamW.
+
+    `batch_size` is that of each process: there is one for each of the `devices` of each of the
+    `nodes`. See :doc:`/devices`.
+    """
 
     max_epochs: PositiveInt = 60
     batch_size: PositiveInt = 128
@@ -252,6 +256,8 @@ class TrainConfig(_Component):
     schedule: Literal["constant", "cosine"] = "cosine"
     seed: NonNegativeInt = 0
     accelerator: Literal["auto", "cpu", "cuda"] = "cpu"
+    devices: PositiveInt = 1
+    nodes: PositiveInt = 1
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 

@@ -36,6 +36,7 @@ from cradle_pyro.evaluation.evaluate import Evaluation
 from cradle_pyro.evaluation.evaluate import evaluate as evaluate_posterior
 from cradle_pyro.evaluation.truth import Truth, truth_of
 from cradle_pyro.inference.checkpoint import load
+from cradle_pyro.inference.loop import is_first_process
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.inference.train import fit
 from cradle_pyro.queries.calls import CALL_RATE
@@ -129,6 +130,8 @@ def train_run(
 ) -> Posterior:
     """Train on the screen at `path`, write the run directory `out`, and return the posterior.
 
+    Of several processes (``train.devices``, ``train.nodes``) the first one writes.
+
     Raises
     ------
     CradleError
@@ -158,6 +161,8 @@ def _train(
     if "cradle_qc" in prepared.adata.uns:
         facts["qc"] = QCThresholds.from_dict(prepared.adata.uns["cradle_qc"]).to_dict()
     posterior = dataclasses.replace(posterior, facts=facts)
+    if not is_first_process():
+        return posterior
     posterior.save(out)
     pd.DataFrame({"cell": data.obs_names, "split": data.split}).to_csv(
         out / "split.csv", index=False

@@ -13,9 +13,9 @@ from tiny import make_data, make_fit
 
 from cradle_pyro import sites
 from cradle_pyro.inference import train as training
+from cradle_pyro.inference.batches import Carriers
 from cradle_pyro.inference.objectives import CradleELBO, elbo_terms
 from cradle_pyro.inference.pair import build_pair
-from cradle_pyro.inference.train import Carriers
 from cradle_pyro.model.intervene import sample_nodes
 from cradle_pyro.queries.effects import effect_draws
 from cradle_pyro.seeding import seeded

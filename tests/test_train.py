@@ -15,8 +15,9 @@ from tiny import N_CELLS, N_GENES, make_config, make_data, make_fit, make_screen
 
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.errors import CheckpointError, ConfigError, DataError, TrainingError
+from cradle_pyro.inference.batches import EpochBatches
 from cradle_pyro.inference.loop import PRIOR
-from cradle_pyro.inference.train import EpochBatches, fit
+from cradle_pyro.inference.train import fit
 
 GLOBALS = (
     "effect_mask",

@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,10 @@ import pandas as pd
 import pyro
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from pyro.poutine.messenger import Messenger
 from rich.progress import (
     BarColumn,
     Progress,
@@ -26,6 +29,7 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
+from cradle_pyro import sites
 from cradle_pyro.config import TrainConfig
 from cradle_pyro.errors import TrainingError
 from cradle_pyro.inference.checkpoint import SafeCheckpointIO, read_checkpoint
@@ -33,7 +37,15 @@ from cradle_pyro.inference.objectives import CradleELBO
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch
 
-__all__ = ["PRIOR", "History", "TrainingLoop", "make_trainer", "quiet_lightning"]
+__all__ = [
+    "PRIOR",
+    "History",
+    "OwnNoise",
+    "TrainingLoop",
+    "is_first_process",
+    "make_trainer",
+    "quiet_lightning",
+]
 
 PRIOR = "prior"
 """Term of the training loss: minus the log-prior of the model's parameters, nats per cell."""
@@ -78,16 +90,19 @@ class TrainingLoop(L.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the loss in nats per cell, with noise that depends on seed, step and rank only.
 
-        So a resumed run repeats an uninterrupted one, whatever drew random numbers in between.
+        So a resumed run repeats an uninterrupted one, whatever drew random numbers in between. Of
+        several processes each counts as many cells as it has: the mean of their gradients is that
+        of the whole batch.
         """
-        key = [self.config.seed, self.global_step, self.global_rank]
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-        return self._step(batch, _TRAIN)
+        torch.manual_seed(_seed(self.config.seed, self.global_step, 0))
+        loss = self._step(batch, _TRAIN, self.global_step)
+        loader: Any = self.trainer.train_dataloader
+        return loss * (len(batch) * self.trainer.world_size / loader.sampler.sizes[index])
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Add the batch to the validation loss, with the same noise in every epoch."""
         with seeded(self.config.seed + index):
-            self._step(batch, _VALIDATION)
+            self._step(batch, _VALIDATION, index)
 
     def on_train_start(self) -> None:
         """Bring the pool of training states to the device."""
@@ -104,7 +119,7 @@ class TrainingLoop(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Report the validation loss, which early stopping and the best checkpoint watch."""
-        self.log("val_loss", self._mean_loss(_VALIDATION), prog_bar=True)
+        self.log("val_loss", sum(self._means(_VALIDATION).values()), prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the schedule; parameters fall into three groups.
@@ -152,18 +167,22 @@ class TrainingLoop(L.LightningModule):
         return batch.to(device)
 
     def load_best(self, path: str) -> None:
-        """Load the parameters of a checkpoint."""
-        self.load_state_dict(read_checkpoint(path)["state_dict"])
+        """Load the parameters of a checkpoint, which the first process reads for all."""
+        state = read_checkpoint(path)["state_dict"] if self.trainer.is_global_zero else {}
+        self.load_state_dict(self.trainer.strategy.broadcast(state))
 
     def take_means(self, stage: str) -> dict[str, float]:
         """Return the mean terms since the last call, in nats per cell, and start anew."""
-        size = max(self.sizes[stage], 1)
-        means = {name: float(value) / size for name, value in self.sums[stage].items()}
+        means = self._means(stage)
         self.sums[stage], self.sizes[stage] = {}, 0
         return means
 
-    def _step(self, batch: Batch, stage: str) -> Tensor:
-        terms = self._terms(batch)
+    def _step(self, batch: Batch, stage: str, index: int) -> Tensor:
+        with ExitStack() as stack:
+            if self.trainer.world_size > 1:
+                key = (self.config.seed, index, 1 + (stage == _VALIDATION), self.global_rank)
+                stack.enter_context(OwnNoise(_seed(*key)))
+            terms = self._terms(batch)
         log_prior: Any = getattr(self.model, "log_prior", None)
         if stage == _TRAIN and log_prior is not None:
             terms[PRIOR] = -log_prior()
@@ -191,8 +210,42 @@ class TrainingLoop(L.LightningModule):
                     _describe(f"no term could be computed ({reason})", self)
                 ) from error
 
-    def _mean_loss(self, stage: str) -> float:
-        return sum(float(value) for value in self.sums[stage].values()) / max(self.sizes[stage], 1)
+    def _means(self, stage: str) -> dict[str, float]:
+        """Return the mean terms over the cells of all processes."""
+        names, size = list(self.sums[stage]), self.sizes[stage]
+        if not names:
+            return {}
+        sums = torch.stack([self.sums[stage][name] for name in names]).double()
+        mine = torch.cat([sums, sums.new_tensor([size])])
+        found = cast("Tensor", self.trainer.strategy.reduce(mine, reduce_op="sum"))
+        return dict(zip(names, (found[:-1] / found[-1]).tolist(), strict=True))
+
+
+def _seed(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+class OwnNoise(Messenger):
+    """Draws that the cells of this process have for themselves.
+
+    Global latents come first in a guide, from the state that all processes share; from the first
+    draw in the cells plate on, numbers come from `seed`.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed: int | None = seed
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        in_plate = any(frame.name == sites.CELLS for frame in msg["cond_indep_stack"])
+        if self.seed is not None and in_plate and not msg["is_observed"]:
+            torch.manual_seed(self.seed)
+            self.seed = None
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the one that writes files and speaks."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _broken(loop: TrainingLoop) -> list[str]:
@@ -258,6 +311,7 @@ class TrainingProgress(Callback):
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
             TextColumn("{task.fields[loss]}"),
+            disable=not trainer.is_global_zero,
         )
         start = trainer.current_epoch
         self.task = self.bar.add_task(
@@ -313,9 +367,13 @@ def make_trainer(
         extra.append(EarlyStopping("val_loss", patience=config.patience, check_finite=False))
     if progress:
         extra.append(TrainingProgress())
+    is_shared = config.devices * config.nodes > 1
     trainer = L.Trainer(
         accelerator="gpu" if config.accelerator == "cuda" else config.accelerator,
-        devices=1,
+        devices=config.devices,
+        num_nodes=config.nodes,
+        # Which parameters a step uses depends on its cells (flags that are missing, for example).
+        strategy=DDPStrategy(find_unused_parameters=True) if is_shared else "auto",
         precision=config.precision,
         max_epochs=config.max_epochs,
         gradient_clip_val=config.gradient_clip,

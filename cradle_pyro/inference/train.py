@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cradle_pyro.config import Config, PartnerTerm
+from cradle_pyro.config import Config
 from cradle_pyro.data.dataset import CellData
-from cradle_pyro.data.matching import match_partners
 from cradle_pyro.data.prepare import assign_split
 from cradle_pyro.data.statistics import regression_effects, training_statistics
 from cradle_pyro.errors import ConfigError, DataError
+from cradle_pyro.inference.batches import Carriers, Process, cell_loader
 from cradle_pyro.inference.objectives import CradleELBO, FlipPool
 from cradle_pyro.inference.pair import PairBuilder, build_pair
 from cradle_pyro.inference.posterior import (
@@ -30,9 +28,7 @@ from cradle_pyro.inference.posterior import (
     flag_column,
     reference_cells,
 )
-from cradle_pyro.model.cradle import with_combinations
 from cradle_pyro.seeding import seeded
-from cradle_pyro.types import Batch, Carried
 
 if TYPE_CHECKING:
     import lightning as L
@@ -40,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["fit", "flip_pool"]
 
 _FEW_EFFECTS: Final = 200
-_CELLS_AT_A_TIME: Final = 4096
-_SMALLEST_WEIGHT: Final = 1e-12
 
 
 def fit(
@@ -196,144 +190,6 @@ def _dosages(train: CellData) -> dict[str, list[float]]:
     return {name: ends for name, ends in ranges.items() if ends != [1.0, 1.0]}
 
 
-class Carriers(NamedTuple):
-    """How many training cells carry each perturbation and combination.
-
-    Parameters
-    ----------
-    combinations
-        Members of each combination, 0 or 1, shape (combinations, perturbations).
-    cells
-        Number of cells that carry each perturbation, then each combination.
-    n_cells
-        Number of training cells.
-    """
-
-    combinations: Tensor
-    cells: Tensor
-    n_cells: int
-
-    @classmethod
-    def among(cls, train: CellData, combinations: Tensor) -> Carriers:
-        """Count the carriers among training cells, some at a time."""
-        total = torch.zeros(combinations.shape[1] + len(combinations))
-        for start in range(0, train.n_cells, _CELLS_AT_A_TIME):
-            some = train.perturbation[start : start + _CELLS_AT_A_TIME].toarray()
-            total += (with_combinations(torch.as_tensor(some), combinations) > 0).sum(0)
-        return cls(combinations, total, train.n_cells)
-
-    def carried(self, perturbation: Tensor) -> Carried:
-        """Return what the cells of a batch carry, given their design."""
-        carries = (with_combinations(perturbation, self.combinations) > 0).sum(0)
-        share = carries / self.cells.clamp(min=1) * (self.n_cells / len(perturbation))
-        n_perturbations = perturbation.shape[1]
-        parts = []
-        for columns in (slice(0, n_perturbations), slice(n_perturbations, None)):
-            rows = carries[columns].nonzero().ravel()
-            if not len(rows) and len(carries[columns]):
-                rows = rows.new_zeros(1)  # plates hold at least one
-            parts += [rows, share[columns][rows].clamp(min=_SMALLEST_WEIGHT)]
-        return Carried(*parts)
-
-
-class CellBatches(Dataset):
-    """Batches of cells by position, with partners where the objective wants them.
-
-    With `carriers`, batches say what their cells carry, so that no other effects are drawn.
-    """
-
-    def __init__(
-        self,
-        data: CellData,
-        rows: np.ndarray,
-        *,
-        partner: bool,
-        seed: int,
-        carriers: Carriers | None = None,
-    ) -> None:
-        self.data = data
-        self.carriers = carriers
-        self.cells = rows
-        self.partner = partner
-        self.seed = seed
-        self.epoch = 0
-        self._is_train = np.zeros(data.n_cells, bool)
-        if partner:
-            self._is_train[np.flatnonzero(np.asarray(data.split) == "train")] = True
-
-    def __len__(self) -> int:
-        return len(self.cells)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw this epoch's partners."""
-        self.epoch = epoch
-        if self.partner:
-            self.partners = match_partners(
-                self.data.labels,
-                self.data.failing,
-                covariate_ids=self.data.covariates if self.data.covariates.shape[1] else None,
-                eligible=self._is_train,
-                observed=self.data.artifact_observed,
-                rng=np.random.default_rng([self.seed, epoch]),
-            )
-
-    def __getitem__(self, positions: list[int]) -> Batch:
-        """Return the batch of the cells at `positions` of this set."""
-        rows = self.cells[np.asarray(positions)]
-        batch = self.data.batch(rows)
-        if self.carriers is not None:
-            batch = batch.replace(carried=self.carriers.carried(batch.perturbation))
-        if not self.partner:
-            return batch
-        partners = self.partners[rows]
-        has = np.flatnonzero(partners >= 0)
-        if not len(has):
-            return batch
-        partner = self.data.batch(partners[has]).replace(carried=batch.carried)
-        return batch.replace(partner=partner, partner_rows=torch.as_tensor(has))
-
-
-class EpochBatches(Sampler[list[int]]):
-    """Shuffled batches that depend on the seed and the epoch only, so that a run can resume."""
-
-    def __init__(self, n_cells: int, batch_size: int, *, seed: int | None) -> None:
-        self.n_cells = n_cells
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return math.ceil(self.n_cells / self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.n_cells)
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n_cells)
-        for start in range(0, self.n_cells, self.batch_size):
-            yield order[start : start + self.batch_size].tolist()
-
-
-def _loader(
-    data: CellData, config: Config, split: str, carriers: Carriers | None = None
-) -> DataLoader:
-    rows = np.flatnonzero(np.asarray(data.split) == split)
-    dataset = CellBatches(
-        data,
-        rows,
-        partner=isinstance(config.objective.counterfactual, PartnerTerm),
-        seed=config.train.seed,
-        carriers=carriers,
-    )
-    dataset.set_epoch(0)
-    seed = config.train.seed if split == "train" else None
-    sampler = EpochBatches(len(rows), config.train.batch_size, seed=seed)
-    return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=0)
-
-
 def _train_pair(
     model: torch.nn.Module,
     guide: torch.nn.Module,
@@ -357,15 +213,18 @@ def _train_pair(
         directory = Path(checkpoint_dir)
         stack.enter_context(seeded(config.train.seed))
         stack.enter_context(quiet_lightning())
-        train, validation = (_loader(data, config, part, carriers) for part in ("train", "val"))
         loop = TrainingLoop(model, guide, objective, config.train)
         resume_from = last_checkpoint(directory, loop.state_dict()) if resume else None
         history = History()
-        validate = len(validation) > 0
+        validate = bool((np.asarray(data.split) == "val").any())
         trainer, best = make_trainer(
             config.train, directory, history, progress=progress, validate=validate,
             callbacks=callbacks,
         )  # fmt: skip
+        process = Process(trainer.global_rank, trainer.world_size)
+        train, validation = (
+            cell_loader(data, config, part, carriers, process) for part in ("train", "val")
+        )
         trainer.fit(loop, train, [validation] if validate else None, ckpt_path=resume_from)
         if best.best_model_path:
             loop.load_best(best.best_model_path)
