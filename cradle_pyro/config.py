@@ -78,7 +78,10 @@ OptionalCount: TypeAlias = Annotated[
 
 
 class DataConfig(_Component):
-    """Which columns of the AnnData mean what; the CLI's flags set the same fields."""
+    """Which columns of the AnnData mean what; the CLI's flags set the same fields.
+
+    `backed` leaves the counts of a file on disk: "auto" if they are large (1.5 GB in memory).
+    """
 
     perturbation_key: str = "perturbation"
     control: str = "control"
@@ -91,6 +94,7 @@ class DataConfig(_Component):
     artifact_keys: tuple[str, ...] = ()
     values: Literal["counts", "lognorm"] = "counts"
     n_top_genes: OptionalCount = None
+    backed: bool | Literal["auto"] = "auto"
 
 
 class QCConfig(_Component):
@@ -243,7 +247,8 @@ class TrainConfig(_Component):
     """Optimisation; everything here is passed to Lightning or to AdamW.
 
     `batch_size` is that of each process: there is one for each of the `devices` of each of the
-    `nodes`. See :doc:`/devices`.
+    `nodes`. Cells are shuffled in blocks of `shuffle_block` neighbours: one by one if counts are in
+    memory, and 32 on disk, unless it says otherwise. See :doc:`/devices`.
     """
 
     max_epochs: PositiveInt = 60
@@ -255,6 +260,8 @@ class TrainConfig(_Component):
     patience: PositiveInt = 30
     schedule: Literal["constant", "cosine"] = "cosine"
     seed: NonNegativeInt = 0
+    shuffle_block: OptionalCount = None
+    loader_workers: NonNegativeInt = 0
     accelerator: Literal["auto", "cpu", "cuda"] = "cpu"
     devices: PositiveInt = 1
     nodes: PositiveInt = 1

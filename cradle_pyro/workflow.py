@@ -139,8 +139,12 @@ def train_run(
     """
     path, out = Path(path), Path(out)
     _check_writable(out)
-    adata = read_screen(path)
+    adata = _read(path, config)
     return _train(adata, path, out, config, resume=resume, progress=progress)
+
+
+def _read(path: Path, config: Config) -> AnnData:
+    return read_screen(path, backed=config.data.backed, layer=config.data.layer)
 
 
 def _train(
@@ -194,7 +198,7 @@ def evaluate_run(
     out = Path(out) if out else run / "metrics.json"
     _check_writable(out.parent)
     path = Path(data) if data is not None else _recorded_path(posterior, run)
-    return _evaluate(posterior, read_screen(path), path, out)
+    return _evaluate(posterior, _read(path, posterior.config), path, out)
 
 
 def query_run(
@@ -232,7 +236,8 @@ def query_run(
     check_target(out)
     posterior = load(run)
     check(posterior, intervention)
-    adata = prepare_query(read_screen(cells), posterior.config, posterior.facts.get("qc"))
+    screen = _read(Path(cells), posterior.config)
+    adata = prepare_query(screen, posterior.config, posterior.facts.get("qc"))
     answer = counterfactual(
         posterior, adata, intervention, draws=draws, count_draws=count_draws, seed=seed,
         progress=progress,
@@ -313,7 +318,7 @@ def report_run(
     out = Path(out) if out is not None else run / "report.html"
     check_target(out)
     path = Path(data) if data is not None else _recorded_path(posterior, run)
-    prepared = _prepared(posterior, read_screen(path), path)
+    prepared = _prepared(posterior, _read(path, posterior.config), path)
     with progress_bar("Report", _REPORT_PARTS, show=progress) as advance:
         content = _report_content(
             posterior, prepared, run, path, draws=draws, seed=seed, advance=advance

@@ -41,12 +41,18 @@ MOST_EXACT_COUNT = 2**24
 """Largest integer up to which every integer is a float32."""
 
 _DENSE_CHUNK_VALUES = 2**23
+_MOST_BYTES_IN_MEMORY = 1_500_000_000
 
 
 # ---------------------------------------------------------------------------------------- files
 
 
-def read_screen(path: str | os.PathLike[str], *, backed: bool = False) -> AnnData:
+def read_screen(
+    path: str | os.PathLike[str],
+    *,
+    backed: bool | Literal["auto"] = False,
+    layer: str | None = None,
+) -> AnnData:
     """Return the AnnData in an ``.h5ad`` file or a zarr store.
 
     Parameters
@@ -55,7 +61,9 @@ def read_screen(path: str | os.PathLike[str], *, backed: bool = False) -> AnnDat
         An HDF5 file or a zarr directory, both as written by AnnData.
     backed
         Leave ``X`` and ``layers`` on disk; everything else is read. The file stays open for as
-        long as the result is used.
+        long as the result is used. "auto": if the counts would take more than 1.5 GB.
+    layer
+        Layer with the counts, for "auto"; None for ``X``.
 
     Raises
     ------
@@ -76,7 +84,9 @@ def read_screen(path: str | os.PathLike[str], *, backed: bool = False) -> AnnDat
         _check_hdf5(path)
     try:
         if backed:
-            return _open_lazily(path, is_zarr=is_zarr)
+            screen = _open_lazily(path, is_zarr=is_zarr)
+            if backed is True or _stored_bytes(screen, layer) > _MOST_BYTES_IN_MEMORY:
+                return screen
         import anndata
 
         with warnings.catch_warnings():
@@ -140,6 +150,14 @@ def _open_lazily(path: Path, *, is_zarr: bool) -> AnnData:
     }
     layers = {name: lazy(store["layers"][name]) for name in _keys(store.get("layers"))}
     return anndata.AnnData(X=lazy(store["X"]), layers=layers, **rest)
+
+
+def _stored_bytes(screen: AnnData, layer: str | None) -> int:
+    """Return what the counts take in memory, as float32 and sparse if they are stored so."""
+    matrix: Any = screen.X if layer is None or layer not in screen.layers else screen.layers[layer]
+    group = getattr(matrix, "group", None)
+    n_values = matrix.shape[0] * matrix.shape[1] if group is None else len(group["data"])
+    return int(n_values) * (4 if group is None else 8)
 
 
 def _keys(element: Any) -> list[str]:

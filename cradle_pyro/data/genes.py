@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,6 +21,7 @@ __all__ = ["TOTAL_COUNTS", "align_genes", "is_qc_gene", "note_total_counts", "se
 TOTAL_COUNTS = "cradle_total_counts"
 """Column of ``obs`` in which :func:`select_genes` keeps the full library size."""
 
+_MOST_CELLS = 50_000
 QC_GENE_PATTERN = r"MT-|RP[SL]|HB[ABDEGMQZ]\d?$"
 """Mitochondrial, ribosomal and haemoglobin genes, matched at the start in any case."""
 
@@ -134,7 +135,8 @@ def select_genes(
     Notes
     -----
     Counts are normalised to 10 000 per cell and log1p-transformed; genes are ranked by normalised
-    dispersion within bins of mean expression (scanpy's flavour "seurat").
+    dispersion within bins of mean expression (scanpy's flavour "seurat"), of at most 50,000 random
+    training cells. Of matrices on disk, the kept genes are read into memory.
 
     References
     ----------
@@ -155,15 +157,38 @@ def select_genes(
         counts, values="counts", cell_names=np.asarray(adata.obs_names), gene_names=names
     )
     rows = _train_positions(train_rows, adata.n_obs)
+    if len(rows) > _MOST_CELLS:
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:_MOST_CELLS])
     is_variable = _highly_variable(fields.take_rows(counts, rows), n_top)
     targets = _targets(adata, perturbation_key, delimiter)
     kept = is_variable | is_qc_gene(names, qc_pattern) | np.isin(names, [*targets, *keep])
-    chosen = adata[:, kept]
-    chosen = chosen.to_memory() if adata.isbacked else chosen.copy()
+    chosen = _with_genes(adata, kept, counts)
     chosen.var["cradle_highly_variable"] = is_variable[kept]
     if TOTAL_COUNTS not in chosen.obs:
         chosen.obs[TOTAL_COUNTS] = scan.row_sums
     return chosen
+
+
+def _with_genes(adata: AnnData, kept: np.ndarray, counts: fields.Counts) -> AnnData:
+    """Return the screen with some of its genes, in memory; of a file, each matrix by chunks."""
+    import anndata
+
+    if not isinstance(counts, fields.BackedCounts) and not adata.isbacked:
+        return adata[:, kept].copy()
+
+    def selected(matrix: Any) -> sp.csr_matrix:
+        chosen = fields.take_columns(fields.as_counts(matrix), np.flatnonzero(kept))
+        blocks = [sp.csr_matrix(block) for _, block in fields.iter_count_rows(chosen)]
+        return sp.vstack(blocks, format="csr")
+
+    return anndata.AnnData(
+        X=None if adata.X is None else selected(adata.X),
+        layers={name: selected(matrix) for name, matrix in adata.layers.items()},
+        obs=adata.obs.copy(),
+        var=adata.var[kept].copy(),
+        uns=dict(adata.uns),
+        obsm=dict(adata.obsm),
+    )
 
 
 def note_total_counts(adata: AnnData, layer: str | None = None) -> None:

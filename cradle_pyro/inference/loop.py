@@ -28,10 +28,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from cradle_pyro import sites
 from cradle_pyro.config import TrainConfig
 from cradle_pyro.errors import TrainingError
+from cradle_pyro.inference.batches import set_epoch
 from cradle_pyro.inference.checkpoint import SafeCheckpointIO, read_checkpoint
 from cradle_pyro.inference.objectives import CradleELBO
 from cradle_pyro.seeding import seeded
@@ -59,6 +61,7 @@ _NOTES = (
     ".*GPU available but not used.*",
     ".*smaller than the logging interval.*",
     ".*but have no `val_dataloader`.*",
+    ".*`IterableDataset` has `__len__` defined.*",  # scDataset divides cells among workers
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 with torch 2.13
 )
 
@@ -96,8 +99,10 @@ class TrainingLoop(L.LightningModule):
         """
         torch.manual_seed(_seed(self.config.seed, self.global_step, 0))
         loss = self._step(batch, _TRAIN, self.global_step)
-        loader: Any = self.trainer.train_dataloader
-        return loss * (len(batch) * self.trainer.world_size / loader.sampler.sizes[index])
+        if self.trainer.world_size == 1:
+            return loss
+        size = loss.new_tensor(float(len(batch)))
+        return loss * (size / cast("Tensor", self.trainer.strategy.reduce(size.clone())))
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Add the batch to the validation loss, with the same noise in every epoch."""
@@ -113,9 +118,7 @@ class TrainingLoop(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Choose the epoch's order of cells and its partners."""
-        loader: Any = self.trainer.train_dataloader
-        loader.sampler.set_epoch(self.current_epoch)
-        loader.dataset.set_epoch(self.current_epoch)
+        set_epoch(cast("DataLoader", self.trainer.train_dataloader), self.current_epoch)
 
     def on_validation_epoch_end(self) -> None:
         """Report the validation loss, which early stopping and the best checkpoint watch."""

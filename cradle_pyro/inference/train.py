@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -141,11 +142,25 @@ def fit(
 
 def flip_pool(train: CellData) -> FlipPool:
     """Return the states that the consistency terms give to intervened cells."""
-    designs, design_counts = _distinct(train.perturbation.toarray())
+    designs, design_counts = _distinct_designs(train.perturbation)
     flags, flag_counts = _distinct(train.artifact[train.failing])
     library = torch.as_tensor(train.library)
     failing, passing = torch.as_tensor(train.failing), torch.as_tensor(train.passing)
     return FlipPool(designs, design_counts, flags, flag_counts, library[passing], library[failing])
+
+
+def _distinct_designs(design: sp.csr_array) -> tuple[Tensor, Tensor]:
+    """Return the distinct rows, without making all of them dense."""
+    rows = sp.csr_array(design)
+    rows.sort_indices()
+    starts = zip(rows.indptr[:-1], rows.indptr[1:], strict=True)
+    keys = [rows.indices[a:b].tobytes() + rows.data[a:b].tobytes() for a, b in starts]
+    code = pd.factorize(np.array(keys, dtype=object))[0]
+    _, first = np.unique(code, return_index=True)
+    dense = rows[first].toarray()
+    values, place = np.unique(dense, axis=0, return_inverse=True)
+    counts = np.bincount(place[code])
+    return torch.as_tensor(values), torch.as_tensor(counts, dtype=torch.float32)
 
 
 def _distinct(rows: np.ndarray) -> tuple[Tensor, Tensor]:
