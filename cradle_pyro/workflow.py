@@ -40,7 +40,7 @@ from cradle_pyro.inference.loop import is_first_process
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.inference.train import fit
 from cradle_pyro.queries.calls import CALL_RATE
-from cradle_pyro.queries.counterfactual import counterfactual
+from cradle_pyro.queries.counterfactual import counterfactual, write_counterfactual
 from cradle_pyro.queries.effects import Kind, effect_draws, effects, interactions
 from cradle_pyro.queries.interventions import Intervention, check, do
 from cradle_pyro.queries.progress import progress_bar
@@ -214,6 +214,8 @@ def query_run(
 ) -> AnnData:
     """Ask a run what cells would have been under an intervention; write and return the answer.
 
+    It is written a chunk of cells at a time, and its matrices are left on disk.
+
     Parameters
     ----------
     run
@@ -238,12 +240,11 @@ def query_run(
     check(posterior, intervention)
     screen = _read(Path(cells), posterior.config)
     adata = prepare_query(screen, posterior.config, posterior.facts.get("qc"))
-    answer = counterfactual(
-        posterior, adata, intervention, draws=draws, count_draws=count_draws, seed=seed,
+    answer = write_counterfactual(
+        posterior, adata, intervention, out, draws=draws, count_draws=count_draws, seed=seed,
         progress=progress,
     )  # fmt: skip
     _warn_support(answer)
-    write_h5ad_atomic(answer, out)
     return answer
 
 

@@ -40,6 +40,7 @@ from cradle_pyro.model.likelihoods import NegativeBinomialLikelihood, PoissonLik
 from cradle_pyro.model.noise import count_elements
 from cradle_pyro.model.quantiles import NegativeBinomialCounts
 from cradle_pyro.queries import counterfactual as module
+from cradle_pyro.queries.counterfactual import write_counterfactual
 from cradle_pyro.queries.draws import over_draws, seed_of
 from cradle_pyro.queries.effects import compare
 
@@ -1326,3 +1327,41 @@ def test_memory_is_that_of_the_answer() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 5 * 160
+
+
+@pytest.mark.parametrize("count_draws", [0, 1, 2])
+def test_what_is_written_is_what_is_answered(tmp_path, count_draws):
+    posterior, cells = shared_fit(), make_data().subset(np.arange(23))
+    options = {"draws": 3, "count_draws": count_draws, "seed": 1, "chunk": 5}
+    act = do(artifact=0)
+    expected = counterfactual(posterior, cells, act, **options)
+    path = tmp_path / "answer.h5ad"
+    on_disk = write_counterfactual(posterior, cells, act, path, **options)
+    assert on_disk.shape == expected.shape
+    found = anndata.read_h5ad(path)
+    assert sorted(found.layers) == sorted(expected.layers)
+    for name, layer in expected.layers.items():
+        written = found.layers[name]
+        assert type(written) is type(layer)
+        assert (written != layer).sum() == 0
+    if count_draws:
+        assert (found.X != expected.X).nnz == 0
+    else:
+        assert found.X is None
+    pd.testing.assert_frame_equal(found.obs.astype(str), expected.obs.astype(str))
+    assert found.var_names.equals(expected.var_names)
+    assert found.uns["cradle_query"]["intervention"] == expected.uns["cradle_query"]["intervention"]
+
+
+def test_nothing_is_left_of_an_answer_that_fails(tmp_path, monkeypatch):
+    import h5py
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(h5py.Dataset, "__setitem__", full)
+    with pytest.raises(DataError, match="No space left"):
+        write_counterfactual(
+            shared_fit(), make_data().subset([0, 1]), do(), tmp_path / "a.h5ad", draws=1
+        )
+    assert list(tmp_path.iterdir()) == []

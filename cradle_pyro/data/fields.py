@@ -6,6 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -17,12 +18,14 @@ import scipy.sparse as sp
 from cradle_pyro.errors import DataError, DataWarning, near, shown
 
 if TYPE_CHECKING:
+    import h5py
     from anndata import AnnData
 
 __all__ = [
     "BackedCounts",
     "CountScan",
     "Counts",
+    "RowWriter",
     "StoredMatrix",
     "as_counts",
     "check_names",
@@ -34,6 +37,7 @@ __all__ = [
     "take_rows",
     "warn_silent_genes",
     "write_h5ad_atomic",
+    "write_rows_atomic",
     "write_text_atomic",
 ]
 
@@ -42,6 +46,7 @@ MOST_EXACT_COUNT = 2**24
 
 _DENSE_CHUNK_VALUES = 2**23
 _MOST_BYTES_IN_MEMORY = 1_500_000_000
+_ENCODED_AS_MAPPING = {"encoding-type": "dict", "encoding-version": "0.1.0"}
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -225,25 +230,120 @@ def write_h5ad_atomic(
         The directory does not exist, the disk is full, or AnnData cannot write a value.
     """
     path = Path(path)
+    options = {} if compression is None else {"compression": compression}
+    with _written_whole(path) as temporary, _writing(path):
+        _write_elements(adata, temporary, options)
+
+
+class RowWriter:
+    """Layers of cells x genes that go to a new file some rows at a time.
+
+    Parameters
+    ----------
+    file
+        Open for writing.
+    path
+        For messages.
+    shape
+        Numbers of cells and genes.
+    """
+
+    def __init__(self, file: h5py.File, path: Path, shape: tuple[int, int]) -> None:
+        self._file = file
+        self._path = path
+        self._shape = shape
+        self._n_rows: dict[str, int] = {}
+
+    def add(self, name: str, values: np.ndarray | sp.csr_matrix) -> None:
+        """Append rows to the layer `name`, which is stored as they are: dense or sparse.
+
+        Raises
+        ------
+        DataError
+            If they cannot be written, for example because the disk is full.
+        """
+        from anndata.io import sparse_dataset, write_elem
+
+        key, start = f"layers/{name}", self._n_rows.get(name, 0)
+        with _writing(self._path):
+            if isinstance(values, np.ndarray):
+                layer = self._file[key] if start else self._dense(key)
+                layer[start : start + len(values)] = values
+            elif start:
+                sparse_dataset(self._file[key]).append(values)
+            else:
+                write_elem(self._file, key, values)
+        self._n_rows[name] = start + values.shape[0]
+
+    def finish(self, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any], x: str) -> None:
+        """Write all else; ``X`` is the layer `x` too, if there is one of that name."""
+        from anndata.io import write_elem
+
+        parts: dict[str, Any] = {name: {} for name in ("obsm", "varm", "obsp", "varp")}
+        parts |= {"obs": _with_categories(obs), "var": _with_categories(var), "uns": uns}
+        with _writing(self._path):
+            for name, part in parts.items():
+                write_elem(self._file, name, part)
+            self._file.require_group("layers").attrs.update(_ENCODED_AS_MAPPING)
+            if x in self._n_rows:
+                self._file["X"] = self._file[f"layers/{x}"]
+
+    def _dense(self, key: str) -> Any:
+        n_cells, n_genes = self._shape
+        rows = min(max(_DENSE_CHUNK_VALUES // (32 * n_genes), 1), n_cells)
+        layer = self._file.create_dataset(key, self._shape, np.float32, chunks=(rows, n_genes))
+        layer.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        return layer
+
+
+@contextmanager
+def write_rows_atomic(path: str | os.PathLike[str], shape: tuple[int, int]) -> Iterator[RowWriter]:
+    """Yield a writer of `shape`; `path` holds all that it wrote, or what was there before.
+
+    Raises
+    ------
+    DataError
+        As :func:`write_h5ad_atomic`.
+    """
+    import h5py
+
+    path = Path(path)
+    with _written_whole(path) as temporary:
+        with _writing(path):
+            file = h5py.File(temporary, "w")
+        with file:
+            file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+            yield RowWriter(file, path, shape)
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """Yield the name of a temporary file, which is moved to `path` if all goes well, or removed."""
     check_target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _write_elements(
-            adata, temporary, {} if compression is None else {"compression": compression}
-        )
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-    except BaseException as error:
+        yield temporary
+        with _writing(path):
+            _flush_to_disk(temporary)
+            os.replace(temporary, path)
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if not isinstance(error, Exception):
-            raise
+        raise
+    with contextlib.suppress(OSError):
+        _flush_to_disk(path.parent)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing into a DataError."""
+    try:
+        yield
+    except Exception as error:
         raise DataError(
             f"Writing {str(path)!r} failed ({_reason(error)}). Nothing was left behind; free disk "
             "space, or change the value AnnData cannot write, and try again."
         ) from error
-    with contextlib.suppress(OSError):
-        _flush_to_disk(path.parent)
 
 
 def _write_elements(adata: AnnData, path: Path, options: dict[str, Any]) -> None:

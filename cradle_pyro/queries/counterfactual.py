@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cradle_pyro import sites
 from cradle_pyro.data.dataset import CellData
+from cradle_pyro.data.fields import read_screen, write_rows_atomic
 from cradle_pyro.data.prepare import cell_data
 from cradle_pyro.errors import DataError, QueryError
 from cradle_pyro.inference.posterior import Posterior
@@ -25,7 +27,13 @@ from cradle_pyro.queries.support import support_notes
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["cell_effect", "counterfactual", "query_cells", "query_record"]
+__all__ = [
+    "cell_effect",
+    "counterfactual",
+    "query_cells",
+    "query_record",
+    "write_counterfactual",
+]
 
 
 def counterfactual(
@@ -107,33 +115,90 @@ def counterfactual(
     _check_draws(draws, count_draws, seed=seed, chunk=chunk)
     data = query_cells(posterior, cells)
     checked = check(posterior, intervention, data.n_cells)
-    moments = _Moments((data.n_cells, posterior.schema.n_genes))
-    kept: list[list[Any]] = [[] for _ in range(count_draws)]
+    found = _Rows((data.n_cells, posterior.schema.n_genes))
+    library = _counterfactuals(
+        posterior, data, checked, found.add, draws=draws, count_draws=count_draws, seed=seed,
+        progress=progress, chunk=chunk,
+    )  # fmt: skip
+    about = _about(posterior, cells, data, [checked], library, draws=draws, seed=seed)
+    return _as_anndata(about, found, x="counts")
+
+
+def write_counterfactual(
+    posterior: Posterior,
+    cells: AnnData | CellData,
+    intervention: Intervention,
+    path: str | Path,
+    *,
+    draws: int = 100,
+    count_draws: int = 1,
+    seed: int = 0,
+    progress: bool = False,
+    chunk: int | None = None,
+) -> AnnData:
+    """Write the answer of :func:`counterfactual` to an h5ad file, a chunk of cells at a time.
+
+    Parameters
+    ----------
+    posterior, cells, intervention, draws, count_draws, seed, progress, chunk
+        As in :func:`counterfactual`.
+    path
+        The file; it holds the whole answer, or what was there before.
+
+    Returns
+    -------
+    AnnData
+        The answer, its matrices on disk.
+
+    Raises
+    ------
+    QueryError, DataError
+        As in :func:`counterfactual`; if the file cannot be written.
+    """
+    _check_draws(draws, count_draws, seed=seed, chunk=chunk)
+    data = query_cells(posterior, cells)
+    checked = check(posterior, intervention, data.n_cells)
+    with write_rows_atomic(path, (data.n_cells, posterior.schema.n_genes)) as writer:
+        library = _counterfactuals(
+            posterior, data, checked, writer.add, draws=draws, count_draws=count_draws, seed=seed,
+            progress=progress, chunk=chunk,
+        )  # fmt: skip
+        about = _about(posterior, cells, data, [checked], library, draws=draws, seed=seed)
+        writer.finish(*about, x="counts")
+    return read_screen(path, backed=True)
+
+
+def _counterfactuals(
+    posterior: Posterior,
+    data: CellData,
+    checked: CheckedIntervention,
+    add: Callable[[str, Any], object],
+    *,
+    draws: int,
+    count_draws: int,
+    **how: Any,
+) -> np.ndarray:
+    """Hand the rows of each layer to `add`, cells in order; return the library of each cell."""
     library = np.empty(data.n_cells, dtype=np.float32)
     is_dense = data.values == "lognorm"
+    moments = _Moments(draws)
 
     def use(part: Part) -> None:
         acts = checked.acts(part.abduction.batch, part.abduction.values, part.rows)
         world = predict(posterior.model, part.abduction, acts)
-        moments.add(part.rows, part.draw, world[sites.RATE].cpu().numpy())
         if part.draw == 0:
             library[part.rows] = world[sites.LIBRARY].cpu().numpy()
         if part.draw < count_draws:
             values = world[sites.COUNTS].float().cpu().numpy()
-            kept[part.draw].append(values if is_dense else sp.csr_matrix(values))
+            name = "counts" if part.draw == 0 else f"counts_{part.draw}"
+            add(name, values if is_dense else sp.csr_matrix(values))
+        moments.add(part.draw, world[sites.RATE].cpu().numpy())
+        if part.draw == draws - 1:
+            add("rate", moments.mean)
+            add("rate_sd", moments.sd)
 
-    over_draws(
-        posterior, data, use, draws=draws, counts=count_draws, seed=seed, chunk=chunk,
-        progress=progress, what="Counterfactuals",
-    )  # fmt: skip
-    layers = {"rate": moments.mean, "rate_sd": moments.sd(draws)}
-    for number, pieces in enumerate(kept):
-        values = np.concatenate(pieces) if is_dense else sp.vstack(pieces, format="csr")
-        layers["counts" if number == 0 else f"counts_{number}"] = values
-    return _as_anndata(
-        posterior, cells, data, layers.get("counts"), layers, [checked], library, draws=draws,
-        seed=seed,
-    )  # fmt: skip
+    over_draws(posterior, data, use, draws=draws, counts=count_draws, what="Counterfactuals", **how)
+    return library
 
 
 def cell_effect(
@@ -172,7 +237,8 @@ def cell_effect(
     data = query_cells(posterior, cells)
     checked = check(posterior, intervention, data.n_cells)
     base = check(posterior, do() if reference is None else reference, data.n_cells)
-    moments = _Moments((data.n_cells, posterior.schema.n_genes))
+    found = _Rows((data.n_cells, posterior.schema.n_genes))
+    moments = _Moments(draws)
 
     def expression(part: Part, one: CheckedIntervention) -> Tensor:
         acts = one.acts(part.abduction.batch, part.abduction.values, part.rows)
@@ -182,16 +248,22 @@ def cell_effect(
 
     def use(part: Part) -> None:
         first, second = expression(part, checked), expression(part, base)
-        moments.add(part.rows, part.draw, (first - second).cpu().numpy())
+        moments.add(part.draw, (first - second).cpu().numpy())
+        if part.draw == draws - 1:
+            found.add("mean", moments.mean)
+            found.add("sd", moments.sd)
 
     over_draws(
         posterior, data, use, draws=draws, counts=0, seed=seed, chunk=chunk,
         progress=progress, what="Effects",
     )  # fmt: skip
-    return _as_anndata(
-        posterior, cells, data, moments.mean, {"sd": moments.sd(draws)}, [checked, base], None,
-        reference=str(base.intervention), scale=SCALES["rate"], draws=draws, seed=seed,
+    about = _about(
+        posterior, cells, data, [checked, base], None, reference=str(base.intervention),
+        scale=SCALES["rate"], draws=draws, seed=seed,
     )  # fmt: skip
+    answer = _as_anndata(about, found, x="mean")
+    del answer.layers["mean"]
+    return answer
 
 
 def query_cells(posterior: Posterior, cells: AnnData | CellData) -> CellData:
@@ -251,33 +323,71 @@ def _check_draws(draws: int, count_draws: int = 0, *, seed: int, chunk: int | No
 
 
 class _Moments:
-    """Running mean and variance over draws, one array entry for each cell and gene (Welford)."""
+    """Running mean and variance over the draws of one chunk of cells (Welford)."""
+
+    def __init__(self, draws: int) -> None:
+        self._draws = draws
+        self.mean = self._square = np.empty(0, dtype=np.float32)
+
+    def add(self, draw: int, value: np.ndarray) -> None:
+        """Add a draw, shape (cells, genes); the first one starts a new chunk."""
+        if draw == 0:
+            self.mean, self._square = np.zeros_like(value), np.zeros_like(value)
+        change = value - self.mean
+        self.mean += change / (draw + 1)
+        self._square += change * (value - self.mean)
+
+    @property
+    def sd(self) -> np.ndarray:
+        """Standard deviation over the draws, shape (cells, genes)."""
+        return np.sqrt(np.maximum(self._square, 0) / max(self._draws - 1, 1))
+
+
+class _Rows:
+    """Layers of cells x genes in memory, filled some rows at a time, as a file by a RowWriter."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
-        self.mean = np.zeros(shape, dtype=np.float32)
-        self._square = np.zeros(shape, dtype=np.float32)
+        self._shape = shape
+        self._dense: dict[str, np.ndarray] = {}
+        self._sparse: dict[str, list[sp.csr_matrix]] = {}
+        self._n_rows: dict[str, int] = {}
 
-    def add(self, rows: slice, draw: int, value: np.ndarray) -> None:
-        change = value - self.mean[rows]
-        self.mean[rows] += change / (draw + 1)
-        self._square[rows] += change * (value - self.mean[rows])
+    def add(self, name: str, values: np.ndarray | sp.csr_matrix) -> None:
+        """Append rows to the layer `name`."""
+        if not isinstance(values, np.ndarray):
+            self._sparse.setdefault(name, []).append(values)
+            return
+        start = self._n_rows.get(name, 0)
+        if not start:
+            self._dense[name] = np.empty(self._shape, dtype=np.float32)
+        self._dense[name][start : start + len(values)] = values
+        self._n_rows[name] = start + len(values)
 
-    def sd(self, draws: int) -> np.ndarray:
-        return np.sqrt(np.maximum(self._square, 0) / max(draws - 1, 1))
+    @property
+    def layers(self) -> dict[str, Any]:
+        """All layers, whole."""
+        sparse = {name: sp.vstack(rows, format="csr") for name, rows in self._sparse.items()}
+        return self._dense | sparse
 
 
 def _as_anndata(
-    posterior: Posterior,
-    cells: AnnData | CellData,
-    data: CellData,
-    values: Any,
-    layers: dict[str, Any],
-    worlds: Sequence[CheckedIntervention],
-    library: np.ndarray | None,
-    **settings: Any,
+    about: tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]], found: _Rows, *, x: str
 ) -> AnnData:
     from anndata import AnnData
 
+    (obs, var, uns), layers = about, found.layers
+    return AnnData(layers.get(x), obs=obs, var=var, layers=layers, uns=uns)
+
+
+def _about(
+    posterior: Posterior,
+    cells: AnnData | CellData,
+    data: CellData,
+    worlds: Sequence[CheckedIntervention],
+    library: np.ndarray | None,
+    **settings: Any,
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+    """Return obs, var and uns of an answer."""
     schema = posterior.schema
     names = pd.Index(schema.genes)
     if isinstance(cells, CellData):
@@ -297,4 +407,4 @@ def _as_anndata(
     if library is not None:
         obs["cradle_library"] = library
     record = query_record(posterior, worlds[0], support, **settings)
-    return AnnData(values, obs=obs, var=var, layers=layers, uns={"cradle_query": record})
+    return obs, var, {"cradle_query": record}
