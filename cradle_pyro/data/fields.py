@@ -124,7 +124,7 @@ def _check_hdf5(path: Path) -> None:
             f"{str(path)!r} ({path.stat().st_size} bytes) is truncated or damaged "
             f"({_reason(error)}); copy or write it again."
         ) from error
-    missing = [name for name in ("X", "obs", "var") if name not in groups]
+    missing = [name for name in ("obs", "var") if name not in groups]
     if missing:
         raise DataError(
             f"{str(path)!r} is HDF5 but not AnnData: it lacks {shown(missing)} and has "
@@ -154,12 +154,15 @@ def _open_lazily(path: Path, *, is_zarr: bool) -> AnnData:
         if name in store
     }
     layers = {name: lazy(store["layers"][name]) for name in _keys(store.get("layers"))}
-    return anndata.AnnData(X=lazy(store["X"]), layers=layers, **rest)
+    x = lazy(store["X"]) if "X" in store else None
+    return anndata.AnnData(X=x, layers=layers, **rest)
 
 
 def _stored_bytes(screen: AnnData, layer: str | None) -> int:
     """Return what the counts take in memory, as float32 and sparse if they are stored so."""
     matrix: Any = screen.X if layer is None or layer not in screen.layers else screen.layers[layer]
+    if matrix is None:
+        return 0
     group = getattr(matrix, "group", None)
     n_values = matrix.shape[0] * matrix.shape[1] if group is None else len(group["data"])
     return int(n_values) * (4 if group is None else 8)
