@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from cradle_pyro.config import Config
 from cradle_pyro.data.fields import write_text_atomic
 from cradle_pyro.errors import CradleError, DataError
 from cradle_pyro.evaluation.grid import (
@@ -54,6 +55,11 @@ _RUNNERS = (
     *(f"evaluation/{name}.py" for name in ("benchmark", "comparisons", "grid_file", "processes")),
 )
 _DISTRIBUTIONS = ("cradle-pyro", "numpy", "torch")
+# Settings that came after results were kept; their defaults are what was done before.
+_LATER = (
+    ("data", "backed"),
+    *(("train", name) for name in ("devices", "nodes", "shuffle_block", "loader_workers")),
+)
 
 
 class Place(NamedTuple):
@@ -105,8 +111,8 @@ def cell_digest(benchmark: Benchmark, cell: Cell, chosen: Sequence[str]) -> str:
     return _digest(
         {
             "screen": _screen_content(benchmark, cell.screen),
-            "base": base.model_dump(mode="json"),
-            "config": config.model_dump(mode="json"),
+            "base": _settings(base),
+            "config": _settings(config),
             "predictor": [predictor.name, predictor.kind, predictor.cells, predictor.assisted],
             "seed": cell.seed,
             "diagnostics": benchmark.is_diagnosed(predictor),
@@ -121,7 +127,7 @@ def candidate_digest(task: CandidateTask) -> str:
     return _digest(
         {
             "screen": _screen_content(task.benchmark, task.screen),
-            "config": task.benchmark.predictor(cell, task.settings)[1].model_dump(mode="json"),
+            "config": _settings(task.benchmark.predictor(cell, task.settings)[1]),
             "predictor": [task.predictor.kind, task.predictor.cells],
             "seed": cell.seed,
         }
@@ -159,6 +165,16 @@ def _screen_content(benchmark: Benchmark, screen: GridScreen) -> dict[str, Any]:
     if screen.path is not None:
         content["file"] = file_digest(benchmark.screen_path(screen).resolve())
     return content
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Return all settings; those that came after results were kept, where they say otherwise."""
+    settings = config.model_dump(mode="json")
+    defaults = Config().model_dump(mode="json")
+    for section, name in _LATER:
+        if settings[section][name] == defaults[section][name]:
+            del settings[section][name]
+    return settings
 
 
 def _digest(content: dict[str, Any]) -> str:
