@@ -304,10 +304,19 @@ def report(
     _console(quiet).print(f"Wrote {path}: one page of {size:.1f} MB. Open it in a browser.")
 
 
-@cli.command()
+benchmarks = typer.Typer(invoke_without_command=True)
+cli.add_typer(benchmarks, name="benchmark")
+
+
+@benchmarks.callback()
 def benchmark(
-    config: Annotated[Path, typer.Option("--config", help="TOML file with the grid.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    context: typer.Context,
+    config: Annotated[
+        Optional[Path], typer.Option("--config", help="TOML file with the grid.  [required]")
+    ] = None,
+    out: Annotated[
+        Optional[Path], typer.Option("--out", help="Directory to write.  [required]")
+    ] = None,
     workers: Annotated[
         int, typer.Option(help="Processes at a time, each on one thread.", min=1)
     ] = 1,
@@ -331,6 +340,11 @@ def benchmark(
     from cradle_pyro.evaluation.grid_file import read_benchmark
     from cradle_pyro.reporting.benchmark_page import write_benchmark_report
 
+    if context.invoked_subcommand is not None:
+        return
+    if config is None or out is None:
+        missing = "--config" if config is None else "--out"
+        raise typer.BadParameter(f"Missing option '{missing}'.")
     console = _console(quiet)
     grid = read_benchmark(config, screens=screens)
     if gather:
@@ -348,6 +362,29 @@ def benchmark(
         for name, reason in found.failures.items():
             errors.print(escape(f"  {name}: {reason}"))
         raise typer.Exit(1)
+
+
+@benchmarks.command()
+def speed(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Small sizes, to see it run; its numbers mean nothing.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure steps, epochs, queries and QC, beside the published way of doing them.
+
+    Takes hours and 5 GB of disk. What is there from before is kept, so that it can be stopped.
+
+    Example: cradle-pyro benchmark speed --out tables/speed
+    """
+    from cradle_pyro.evaluation.speed import run_speed
+    from cradle_pyro.reporting.speed_page import write_speed_report
+
+    console = _console(quiet)
+    figures = run_speed(out, smoke=smoke, say=console.print)
+    page = write_speed_report(figures, out)
+    console.print(f"Wrote {out}: speed.csv, speed.md, {page.name}.")
 
 
 @cli.command()

@@ -177,7 +177,7 @@ def test_training_with_carried_effects_learns_the_same(monkeypatch):
     monkeypatch.setattr(
         Carriers, "carried", lambda self, design: seen.append(1) or carried(self, design)
     )
-    monkeypatch.setattr(training, "_FEW_EFFECTS", 0)
+    monkeypatch.setattr(training, "FEW_EFFECTS", 0)
     few = make_fit(*settings, data=data)
     assert len(seen) > 8
     first, second = (effect_draws(one, labels, draws=20).mean(0) for one in (whole, few))

@@ -645,9 +645,7 @@ def test_wrong_files_are_errors(tmp_path, backed):
         read_screen(path, backed=backed)
     with h5py.File(path, "w") as file:
         file["matrix"] = [1]
-    with pytest.raises(
-        DataError, match=r"not AnnData: it lacks 'obs', 'var' and has 'matrix'"
-    ):
+    with pytest.raises(DataError, match=r"not AnnData: it lacks 'obs', 'var' and has 'matrix'"):
         read_screen(path, backed=backed)
     with pytest.raises(DataError, match="directory without zarr metadata"):
         read_screen(tmp_path, backed=backed)

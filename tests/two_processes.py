@@ -41,7 +41,7 @@ class Gradients(L.Callback):
 def main() -> None:
     """Fit the tiny screen; each process writes what it found."""
     out, settings = Path(sys.argv[1]), sys.argv[2:]
-    train._FEW_EFFECTS = 0  # effects of what a batch carries, as with many
+    train.FEW_EFFECTS = 0  # effects of what a batch carries, as with many
     gradients = Gradients()
     with LocalMeans():
         posterior = make_fit(*settings, data=make_data(), callbacks=[gradients])

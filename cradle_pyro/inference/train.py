@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit", "flip_pool"]
 
-_FEW_EFFECTS: Final = 200
+FEW_EFFECTS: Final = 200
 
 
 def fit(
@@ -115,7 +115,7 @@ def fit(
     )
     carriers = None
     # With few, a batch carries nearly all of them; an edited pair may not know of them.
-    if pair is None and data.schema.n_perturbations + len(statistics.combinations) > _FEW_EFFECTS:
+    if pair is None and data.schema.n_perturbations + len(statistics.combinations) > FEW_EFFECTS:
         carriers = Carriers.among(train, statistics.combinations)
     history = _train_pair(
         model, guide, objective, data, config, carriers=carriers, progress=progress,

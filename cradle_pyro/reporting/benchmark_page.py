@@ -28,6 +28,7 @@ from cradle_pyro.reporting.blocks import (
     Text,
     Tiles,
     Warned,
+    as_markdown,
     render_page,
 )
 from cradle_pyro.reporting.figures import page_figure
@@ -142,7 +143,7 @@ def render_benchmark_text(
     for section in _sections(benchmark, result) if sections is None else sections:
         lines += [f"## {section.title}", ""]
         for block in section.blocks:
-            lines += _as_markdown(block)
+            lines += as_markdown(block)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -450,32 +451,6 @@ def _costs(benchmark: Benchmark, result: BenchmarkResult) -> Section:
 
 
 # ----------------------------------------------------------------------------------------- writing
-
-
-def _as_markdown(block: Block) -> list[str]:
-    if isinstance(block, Text):
-        return [block.text, ""]
-    if isinstance(block, Warned):
-        return [f"> {block.text}", ""]
-    if isinstance(block, Findings):
-        return [*(f"- {row}" for row in block.rows), ""]
-    if isinstance(block, Tiles):
-        return [*(f"- {name}: {value} ({note})" for name, value, note in block.tiles), ""]
-    if isinstance(block, Table):
-        return _markdown_table(block)
-    return []
-
-
-def _markdown_table(table: Table) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
-
-    rows = [
-        [f"**{row[0]}**", *row[1:]] if row[0] in table.strong else list(row) for row in table.rows
-    ]
-    rule = "|---|" + "---:|" * (len(table.head) - 1)
-    note = [table.caption, ""] if table.caption else []
-    return [f"### {table.title}", "", line(table.head), rule, *map(line, rows), "", *note]
 
 
 def _spread(values: pd.Series | None) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "Text",
     "Tiles",
     "Warned",
+    "as_markdown",
     "render_page",
 ]
 
@@ -113,3 +114,30 @@ def render_page(*, title: str, lead: str, sections: Sequence[Section], footer: s
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     page = environment.get_template("report.html")
     return str(page.render(title=title, lead=lead, sections=sections, footer=footer))
+
+
+def as_markdown(block: Block) -> list[str]:
+    """Return the lines of a block as Markdown; figures are left out."""
+    if isinstance(block, Text):
+        return [block.text, ""]
+    if isinstance(block, Warned):
+        return [f"> {block.text}", ""]
+    if isinstance(block, Findings):
+        return [*(f"- {row}" for row in block.rows), ""]
+    if isinstance(block, Tiles):
+        return [*(f"- {name}: {value} ({note})" for name, value, note in block.tiles), ""]
+    if isinstance(block, Table):
+        return _markdown_table(block)
+    return []
+
+
+def _markdown_table(table: Table) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    rows = [
+        [f"**{row[0]}**", *row[1:]] if row[0] in table.strong else list(row) for row in table.rows
+    ]
+    rule = "|---|" + "---:|" * (len(table.head) - 1)
+    note = [table.caption, ""] if table.caption else []
+    return [f"### {table.title}", "", line(table.head), rule, *map(line, rows), "", *note]

@@ -8,18 +8,10 @@ particles as the leading dimension of everything, the factual and the counterfac
 decoded, scored and sampled at every step, every term of the ELBO by sampling, a Gaussian KL between
 two basal posteriors, Adam with weight decay, clipping at 100. Plain torch and Pyro's distributions,
 without compilation and without artificial delays.
-
-Run ``python tests/perf/naive_step.py`` to time it.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import resource
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -266,46 +258,3 @@ def naive_step(settings: NaiveSettings | None = None) -> Callable[[], float]:
         return float(loss.detach())
 
     return step
-
-
-def product_rate(size: int = 2048, repeats: int = 5) -> float:
-    """Return the GFLOP/s of a large product now: the yardstick between machines and loads."""
-    left, right = torch.ones(size, size), torch.ones(size, size)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds) / 1e9
-
-
-def main() -> None:
-    """Time the published step: median seconds, peak memory, and the machine's speed meanwhile."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    with seeded(0):
-        step = naive_step()
-        step()
-        seconds, processor, rates = [], [], [product_rate()]
-        for _ in range(options.steps):
-            start, used = time.perf_counter(), time.process_time()
-            step()
-            seconds.append(time.perf_counter() - start)
-            processor.append(time.process_time() - used)
-            rates.append(product_rate())
-    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    sys.stdout.write(
-        f"median {statistics.median(seconds):.2f} s of {options.steps} steps "
-        f"({min(seconds):.2f} to {max(seconds):.2f}), {options.threads} threads, "
-        f"{statistics.median(processor):.2f} processor seconds, "
-        f"peak memory {gigabytes:.2f} GB, load average {os.getloadavg()[0]:.1f}, "
-        f"large products at {statistics.median(rates):.0f} GFLOP/s "
-        f"({min(rates):.0f} to {max(rates):.0f})\n"
-    )
-
-
-if __name__ == "__main__":
-    main()

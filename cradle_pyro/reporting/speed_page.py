@@ -1,0 +1,202 @@
+"""The page of `cradle-pyro benchmark speed`: tables and scaling plots of what was measured."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from cradle_pyro.data.fields import write_text_atomic
+from cradle_pyro.reporting.blocks import (
+    Block,
+    Figures,
+    Findings,
+    Section,
+    Table,
+    Text,
+    as_markdown,
+    render_page,
+)
+from cradle_pyro.reporting.figures import FIGURE_SIZE, PageFigure, page_figure
+from cradle_pyro.reporting.layout import BLUE, draw_on
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_scaling", "render_speed", "write_speed_report"]
+
+_METHOD = (
+    "Medians of alternating rounds in one process; seconds of wall time. Peak memory is that of a "
+    "process which did nothing else, the imports included."
+)
+_PUBLISHED = (
+    "One optimiser step of the published size: 512 cells, 5,000 genes, 105 perturbations, 200 "
+    "latents, 5 particles. naive: the published step written from its description, both branches "
+    "decoded and sampled. The others are this package's step of the published settings, with the "
+    "partner term, without a counterfactual term, and with generated cells in its place."
+)
+_DEFAULT = (
+    "One step of the default settings with 128 cells; default / no term is what generation costs."
+)
+_SCREEN = (
+    "A simulated sparse screen is annotated, trained for one epoch and asked about (10,000 cells "
+    "without their artifact, 5 draws, written to a file)."
+)
+_ANNOTATION = (
+    "QC flags and partners of all cells, beside the published way of finding partners (gene-wise "
+    "medians of up to 50 failing cells, made dense, cell by cell), timed on some cells."
+)
+
+
+def write_speed_report(figures: pd.DataFrame, out: str | Path) -> Path:
+    """Write ``speed.html`` and ``speed.md`` to the directory `out`; return the page's path.
+
+    Parameters
+    ----------
+    figures
+        Columns part, case, figure and value, from :func:`~cradle_pyro.evaluation.speed.run_speed`.
+    out
+        The directory.
+
+    Raises
+    ------
+    DataError
+        If they cannot be written.
+    """
+    page = Path(out) / "speed.html"
+    write_text_atomic(page, render_speed(figures))
+    lines = ["# Speed", "", _METHOD, ""]
+    for section in _sections(figures):
+        lines += [f"## {section.title}", ""]
+        for block in section.blocks:
+            lines += as_markdown(block)
+    write_text_atomic(Path(out) / "speed.md", "\n".join(lines).rstrip() + "\n")
+    return page
+
+
+def render_speed(figures: pd.DataFrame) -> str:
+    """Return the page as HTML; nothing is loaded from elsewhere."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("cradle-pyro", "torch"))
+    return render_page(
+        title="Speed",
+        lead=_METHOD,
+        sections=list(_sections(figures)),
+        footer=f"Measured with {versions}, Python {platform.python_version()}.",
+    )
+
+
+def plot_scaling(
+    sizes: pd.Series, values: pd.Series, x: str, y: str, *, ax: Axes | None = None
+) -> Axes:
+    """Draw a figure against a size, both logarithmic.
+
+    Parameters
+    ----------
+    sizes, values
+        One point each.
+    x, y
+        Names of the axes.
+    ax
+        Where to draw; a new figure if omitted.
+    """
+    ax = draw_on(ax, FIGURE_SIZE)
+    ax.plot(sizes.to_numpy(), values.to_numpy(), "o-", color=BLUE)
+    ax.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    ax.set_ylim(bottom=min(values.min() / 2, values.max() / 10))
+    return ax
+
+
+def _sections(figures: pd.DataFrame) -> Iterator[Section]:
+    parts = {str(part): _wide(rows) for part, rows in figures.groupby("part", sort=False)}
+    if "published step" in parts:
+        table = _published(parts["published step"])
+        yield Section("published", "The published step", [Text(_PUBLISHED), table])
+    if "default step" in parts:
+        steps = parts["default step"]
+        plots = [
+            _scaling(steps, what, "default, s", "seconds a step")
+            for what in ("genes", "perturbations")
+        ]
+        blocks: list[Block] = [Text(_DEFAULT), Figures(plots), _table("Steps", steps)]
+        yield Section("default", "The default step", blocks)
+    if "screen" in parts:
+        yield Section("screens", "Larger screens", list(_screens(parts["screen"])))
+    if "annotation" in parts:
+        table = _table("Annotation", parts["annotation"])
+        yield Section("annotation", "QC and partners", [Text(_ANNOTATION), table])
+    if "roofline" in parts:
+        yield Section("roofline", "Roofline", [Findings(list(_roofline(parts["roofline"])))])
+
+
+def _wide(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return cases x figures, in the order in which they were measured."""
+    table = rows.pivot_table(index="case", columns="figure", values="value", sort=False)
+    return table.loc[rows["case"].unique(), rows["figure"].unique()]
+
+
+def _published(steps: pd.DataFrame) -> Table:
+    together = dict(
+        zip(map(str, steps.columns), steps.loc[["together"]].to_numpy()[0], strict=True)
+    )
+    memory = steps["peak memory, GB"].drop("together")
+    rows = [
+        [
+            str(name),
+            _number(together[f"{name}, s"]),
+            _number(together.get(f"naive / {name}", 1.0)),
+            _number(peak),
+        ]
+        for name, peak in memory.items()
+    ]
+    head = ["step", "seconds", "naive / this", "peak memory, GB"]
+    return Table("Step of the published size", head, rows)
+
+
+def _screens(screens: pd.DataFrame) -> Iterator[Block]:
+    on_disk = screens[screens.index.str.endswith("on disk")]
+    plots = []
+    for figure, axis in (("epoch, ms per cell", "ms a cell"), ("peak memory, GB", "GB")):
+        draw = partial(plot_scaling, on_disk["cells"], on_disk[figure], "cells on disk", axis)
+        plots.append(page_figure(figure, draw, "Counts are left on disk."))
+    yield Text(_SCREEN)
+    yield Figures(plots)
+    yield _table("Screens", screens.drop(columns="cells"))
+
+
+def _scaling(steps: pd.DataFrame, what: str, figure: str, axis: str) -> PageFigure:
+    chosen = steps[steps.index.str.endswith(what)]
+    sizes = pd.Series([float(name.split()[0]) for name in chosen.index], index=chosen.index)
+    draw = partial(plot_scaling, sizes, chosen[figure], what, axis)
+    return page_figure(f"{axis.capitalize()} and {what}", draw, "Default settings, 128 cells.")
+
+
+def _roofline(roofline: pd.DataFrame) -> Iterator[str]:
+    found = dict(zip(map(str, roofline.columns), roofline.to_numpy()[0].tolist(), strict=True))
+    yield (
+        f"A step of the published size without generation does "
+        f"{_number(found['products of a step, GFLOP'])} GFLOP of matrix products; one large "
+        f"product reaches {_number(found['machine, GFLOP/s'])} GFLOP/s here, so that they alone "
+        f"would take {_number(found['products alone at that rate, s'])} s."
+    )
+    yield (
+        f"The step takes {_number(found['step, s'])} s: "
+        f"{100 * found['fraction of the ceiling']:.0f} % of that ceiling. Copies of memory reach "
+        f"{_number(found['machine, GB/s'])} GB/s."
+    )
+
+
+def _table(title: str, table: pd.DataFrame) -> Table:
+    rows = [
+        [str(case), *("" if pd.isna(value) else _number(value) for value in row)]
+        for case, row in zip(table.index, table.to_numpy(), strict=True)
+    ]
+    return Table(title, ["case", *map(str, table.columns)], rows)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

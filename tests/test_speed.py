@@ -1,0 +1,125 @@
+"""The speed benchmark measures what it says, at sizes whose numbers mean nothing."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cradle_pyro import cli
+from cradle_pyro.data.fields import BackedCounts, read_counts, read_screen
+from cradle_pyro.errors import CradleError
+from cradle_pyro.evaluation import speed
+from cradle_pyro.evaluation.naive_step import NaiveSettings, make_screen, naive_step
+from cradle_pyro.evaluation.speed import Case, cases_of, run_case, run_speed, simulate_large
+from cradle_pyro.reporting.speed_page import render_speed, write_speed_report
+
+SMALL = {"n_genes": 60, "n_perturbations": 5}
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """All cases at their small sizes, in this process."""
+    folder = tmp_path_factory.mktemp("screens")
+    threads = torch.get_num_threads()
+    found = [figure for case in cases_of(folder, smoke=True) for figure in run_case(case)]
+    torch.set_num_threads(threads)
+    return pd.DataFrame(found)
+
+
+def test_every_part_is_measured(figures):
+    assert set(figures["part"]) == set(speed.PARTS)
+    assert np.isfinite(figures["value"]).all()
+    assert (figures["value"] > 0).all()
+    assert not figures.duplicated(["part", "case", "figure"]).any()
+
+
+def test_ratios_are_those_of_the_medians(figures):
+    steps = figures[figures["case"] == "together"].set_index("figure")["value"]
+    for name in ("partner term", "no counterfactual term", "generation"):
+        expected = steps["naive, s"] / steps[f"{name}, s"]
+        assert steps[f"naive / {name}"] == pytest.approx(expected)
+
+
+def test_the_page_shows_every_case(figures, tmp_path):
+    page = write_speed_report(figures, tmp_path)
+    text = (tmp_path / "speed.md").read_text()
+    for case in figures["case"].unique():
+        if case not in ("together", "published sizes"):
+            assert case in text
+    assert page.read_text() == render_speed(figures)
+    assert len(re.findall("<svg", page.read_text())) == 4
+    assert "nan" not in text
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(case):
+        asked.append(case.name)
+        if case.part == "roofline":
+            raise CradleError("no")
+        return [speed.Figure(case.part, case.name, "a, s", 1.0)]
+
+    monkeypatch.setattr(speed, "_in_a_process", measured)
+    with pytest.raises(CradleError):
+        run_speed(tmp_path, smoke=True)
+    n_cases = len(asked)
+    with pytest.raises(CradleError):
+        run_speed(tmp_path, smoke=True)
+    assert len(asked) == n_cases + 1
+    assert len(pd.read_csv(tmp_path / "speed.csv")) == n_cases - 1
+
+
+def test_a_case_runs_in_a_process_of_its_own(tmp_path):
+    case = Case(
+        "annotation", "a", SMALL | {"n_cells": 50, "naive_cells": 3, "folder": str(tmp_path)}
+    )
+    found = {figure.figure: figure.value for figure in speed._in_a_process(case)}
+    assert 0.05 < found["peak memory, GB"] < 20
+    with pytest.raises(CradleError, match=r"'annotation: a' failed: .*n_cells"):
+        speed._in_a_process(case._replace(options=SMALL))
+
+
+def test_the_large_screen_is_sparse_and_the_same_again(tmp_path):
+    for name, chunk in (("a", 64), ("b", 64)):
+        simulate_large(tmp_path / f"{name}.h5ad", 300, **SMALL, chunk=chunk)
+    first, second = (read_screen(tmp_path / f"{name}.h5ad") for name in "ab")
+    assert (first.X != second.X).nnz == 0
+    assert first.shape == (300, 60)
+    assert set(first.obs["perturbation"]) == {"control", *(f"T{i:04d}" for i in range(5))}
+    lazily = read_screen(tmp_path / "a.h5ad", backed=True)
+    assert isinstance(read_counts(lazily), BackedCounts)
+
+
+def test_the_density_of_the_large_screen_is_five_percent(tmp_path):
+    simulate_large(tmp_path / "a.h5ad", 200, n_genes=5000, n_perturbations=5)
+    counts = read_screen(tmp_path / "a.h5ad").X
+    assert 0.03 < counts.nnz / np.prod(counts.shape) < 0.07
+
+
+def test_the_naive_step_learns():
+    torch.manual_seed(0)
+    settings = NaiveSettings(
+        n_cells=32, n_genes=40, n_perturbations=4, n_latents=4, hidden=8, learning_rate=1e-2
+    )
+    step = naive_step(settings)
+    losses = [step() for _ in range(60)]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    assert make_screen(settings).counts.shape == (32, 40)
+
+
+def test_the_command_says_what_it_wrote(tmp_path, monkeypatch, capsys):
+    nothing = pd.DataFrame(columns=list(speed.Figure._fields))
+    monkeypatch.setattr(speed, "run_speed", lambda *_, **__: nothing)
+    assert cli.app(["benchmark", "speed", "--out", str(tmp_path), "--smoke"]) == 0
+    assert "speed.html" in capsys.readouterr().out
+    assert (tmp_path / "speed.html").exists()
+
+
+def test_the_grid_still_needs_its_options(capsys):
+    assert cli.app(["benchmark", "--out", "x"]) == 2
+    assert "--config" in capsys.readouterr().err
