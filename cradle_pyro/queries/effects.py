@@ -6,7 +6,12 @@ random numbers). Draws of the globals give the interval; cells are averaged over
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -405,16 +410,17 @@ def effects(
         raise QueryError(f"Expected different labels, at least one; found {shown(labels)}.")
     base = check(posterior, _world(schema, schema.control, kind))
     block = max(_ENTRIES_AT_A_TIME // (draws * schema.n_genes), 1)
-    summaries = []
-    blocks = range(0, len(worlds), block)
     passes = 1 + has_slab(completed(posterior).guide, empty_batch(posterior, 1))
-    with progress_bar("Effects", passes * len(blocks) * draws, show=progress) as advance:
-        for start in blocks:
-            values, slab = _both_contrasts(
-                posterior, worlds[start : start + block], base, groups=None, scale=scale,
-                draws=draws, n_cells=n_cells, seed=seed, advance=advance,
-            )  # fmt: skip
-            summaries.append(_summary(values[:, :, 0], slab[:, :, 0]))
+    with (
+        progress_bar("Effects", passes * draws, show=progress) as advance,
+        _room_for_draws() as room,
+    ):
+        values, slab = _both_contrasts(
+            posterior, worlds, base, groups=None, scale=scale, draws=draws, n_cells=n_cells,
+            seed=seed, advance=advance, room=room,
+        )  # fmt: skip
+        parts = [slice(start, start + block) for start in range(0, len(worlds), block)]
+        summaries = [_summary(values[:, part, 0], slab[:, part, 0]) for part in parts]
     support = [support_notes(posterior, one) for one in worlds]
     sentences = ["; ".join(s for part in notes.values() for s in part) for notes in support]
     n_train = posterior.labels.set_index("label")["train"].reindex(spelled, fill_value=0)
@@ -613,6 +619,27 @@ def _group_column(columns: Mapping[str, pd.Series] | pd.DataFrame, by: str) -> n
     return columns[by].astype(str).to_numpy(dtype=str)
 
 
+def _in_memory(shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros(shape, dtype=np.float32)
+
+
+@contextmanager
+def _room_for_draws() -> Iterator[Callable[[tuple[int, ...]], Any]]:
+    """Yield what makes room for draws: in memory, or on disk if they are many, until the end."""
+    import h5py
+
+    with tempfile.TemporaryDirectory(prefix="cradle-") as folder, ExitStack() as files:
+
+        def room(shape: tuple[int, ...]) -> Any:
+            if math.prod(shape) <= _ENTRIES_AT_A_TIME:
+                return _in_memory(shape)
+            path = Path(folder) / f"{len(os.listdir(folder))}.h5"
+            file = files.enter_context(h5py.File(path, "w"))
+            return file.create_dataset("draws", shape, np.float32, chunks=(1, 1, *shape[2:]))
+
+        yield room
+
+
 def _contrasts(
     posterior: Posterior,
     worlds: Sequence[CheckedIntervention],
@@ -625,13 +652,17 @@ def _contrasts(
     seed: int,
     given_slab: bool = False,
     advance: Callable[[], object] = lambda: None,
+    room: Callable[[tuple[int, ...]], Any] = _in_memory,
 ) -> np.ndarray:
-    """Return draws of mean differences to `base`, shape (draws, worlds, groups, genes)."""
+    """Return draws of mean differences to `base`, shape (draws, worlds, groups, genes).
+
+    They lie in what `room` makes of their shape, all zeros.
+    """
     _check_sizes(draws, n_cells, seed)
     posterior = completed(posterior)
     n_groups = 1 if groups is None else len(groups.names)
     shape = (draws, len(worlds), n_groups, posterior.schema.n_genes)
-    totals = np.zeros(shape, dtype=np.float32)
+    totals = room(shape)
 
     def add(abduction: Abduction, draw: int, codes: np.ndarray, sizes: np.ndarray) -> None:
         reference = _expression(posterior, abduction, [base], scale)
