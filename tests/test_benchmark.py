@@ -497,6 +497,18 @@ def test_results_do_not_depend_on_the_number_of_workers(tmp_path, done):
         )
 
 
+def test_digests_are_not_read_as_numbers(tmp_path, done, monkeypatch):
+    benchmark, _, out = done
+    copy = shutil.copytree(out, tmp_path / "out")
+    like_a_number = "0e45861206506f62"
+    for path in copy.rglob("cells/**/*.csv"):
+        text = path.read_text().replace(stored_digest(path), like_a_number)
+        path.write_text(text)
+    monkeypatch.setattr(jobs, "cell_digest", lambda *_: like_a_number)
+    monkeypatch.setattr("cradle_pyro.evaluation.benchmark.cell_digest", lambda *_: like_a_number)
+    assert len(gather_benchmark(benchmark, copy).scores) == len(done[1].scores)
+
+
 def test_a_process_that_is_killed_takes_no_other_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "_PRELOADED", ())
     tasks = [FakeTask(tmp_path / name, dies=name == "b") for name in "abc"]

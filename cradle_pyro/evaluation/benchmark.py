@@ -354,7 +354,11 @@ def _collect(
         place = Place(out, cell)
         if str(cell) in failures or not place.table.is_file():
             continue
-        table = pd.read_csv(place.table, keep_default_na=False, na_values={"value": ["", "nan"]})
+        # A digest is no number: pandas crashes on 0e45861206506f62, whose exponent is absurd.
+        words = dict.fromkeys(("label", "digest", "source"), str)
+        table = pd.read_csv(
+            place.table, dtype=words, keep_default_na=False, na_values={"value": ["", "nan"]}
+        )
         own = dict(zip(KEYS, str(cell).split("/"), strict=True)) | {"seed": cell.seed}
         found.append(table.assign(**own))
     if not found:
