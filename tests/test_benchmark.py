@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import warnings
 from contextlib import contextmanager
@@ -502,7 +503,7 @@ def test_digests_are_not_read_as_numbers(tmp_path, done, monkeypatch):
     copy = shutil.copytree(out, tmp_path / "out")
     like_a_number = "0e45861206506f62"
     for path in copy.rglob("cells/**/*.csv"):
-        text = path.read_text().replace(stored_digest(path), like_a_number)
+        text = path.read_text().replace(jobs.stored_digest(path), like_a_number)
         path.write_text(text)
     monkeypatch.setattr(jobs, "cell_digest", lambda *_: like_a_number)
     monkeypatch.setattr("cradle_pyro.evaluation.benchmark.cell_digest", lambda *_: like_a_number)
