@@ -100,7 +100,9 @@ def test_the_help_lists_every_command(capsys):
     assert run("--help") == 0
     text = capsys.readouterr().out
     assert all(command in text for command in COMMANDS)
-    assert {command.callback.__name__ for command in cli.cli.registered_commands} == set(COMMANDS)
+    commands = {command.callback.__name__ for command in cli.cli.registered_commands}
+    groups = {group.name for group in cli.cli.registered_groups}
+    assert commands | groups == set(COMMANDS)
 
 
 @pytest.mark.parametrize(

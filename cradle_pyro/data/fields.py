@@ -164,7 +164,7 @@ def _stored_bytes(screen: AnnData, layer: str | None) -> int:
     if matrix is None:
         return 0
     group = getattr(matrix, "group", None)
-    n_values = matrix.shape[0] * matrix.shape[1] if group is None else len(group["data"])
+    n_values = matrix.shape[0] * matrix.shape[1] if group is None else group["data"].shape[0]
     return int(n_values) * (4 if group is None else 8)
 
 
