@@ -24,7 +24,8 @@ NOT_RANDOM = ["objective.counterfactual=none", "train.max_epochs=2"]
 
 
 def run(command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | own
     done = subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300,
         check=False,
