@@ -374,7 +374,8 @@ def speed(
 ) -> None:
     """Measure steps, epochs, queries and QC, beside the published way of doing them.
 
-    Takes hours and 5 GB of disk. What is there from before is kept, so that it can be stopped.
+    The largest screen has a million cells: it takes long, and gigabytes of disk. What is there from
+    before is kept, so that it can be stopped.
 
     Example: cradle-pyro benchmark speed --out tables/speed
     """

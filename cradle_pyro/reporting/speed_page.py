@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -69,9 +69,10 @@ def write_speed_report(figures: pd.DataFrame, out: str | Path) -> Path:
         If they cannot be written.
     """
     page = Path(out) / "speed.html"
-    write_text_atomic(page, render_speed(figures))
+    sections = list(_sections(figures))
+    write_text_atomic(page, render_speed(figures, sections))
     lines = ["# Speed", "", _METHOD, ""]
-    for section in _sections(figures):
+    for section in sections:
         lines += [f"## {section.title}", ""]
         for block in section.blocks:
             lines += as_markdown(block)
@@ -79,13 +80,13 @@ def write_speed_report(figures: pd.DataFrame, out: str | Path) -> Path:
     return page
 
 
-def render_speed(figures: pd.DataFrame) -> str:
+def render_speed(figures: pd.DataFrame, sections: Sequence[Section] | None = None) -> str:
     """Return the page as HTML; nothing is loaded from elsewhere."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("cradle-pyro", "torch"))
     return render_page(
         title="Speed",
         lead=_METHOD,
-        sections=list(_sections(figures)),
+        sections=list(_sections(figures)) if sections is None else sections,
         footer=f"Measured with {versions}, Python {platform.python_version()}.",
     )
 
