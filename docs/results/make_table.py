@@ -1,6 +1,6 @@
-"""Print the README's table of results from ``main/scores.csv``: mean ATE-rho over seeds and splits.
+"""Print the README's tables of results, from what the benchmarks left beside this file.
 
-python docs/results/make_table.py
+python docs/results/make_table.py [main | scenarios | ablations]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-SCORES = Path(__file__).parent / "main" / "scores.csv"
+HERE = Path(__file__).parent
 ROWS = {
     "simulated, true effects, seen": ("default", "truth", "seen"),
     "simulated, true effects, held-out pairs": ("default", "truth", "held_out"),
@@ -36,25 +36,116 @@ COLUMNS = {
     "sams_vae": "SAMS-VAE",
     "ceiling": "ceiling",
 }
+# What changes, and the screens with less and more of it; "default" and others are in main.
+SCENARIOS = {
+    "5 % of cells with an artifact": "artifacts_0.05",
+    "20 % (default)": "default",
+    "35 %": "artifacts_0.35",
+    "50 %": "artifacts_0.5",
+    "failing independent of the perturbation": "confounding_0.0",
+    "strong perturbations fail most": "confounded",
+    "10 training cells each": "10_cells",
+    "30": "30_cells",
+    "100": "100_cells",
+    "no pair in training": "pairs_0.0",
+    "a quarter of the pairs": "pairs_0.25",
+    "half": "pairs_0.5",
+    "effects half as large": "small_effects",
+}
+SHOWN = ("cradle", "cradle_passing", "glm_all")
+CORRUPTED = "papalexi_corrupted"
+_RULE = "---:|"
 
 
-def main() -> None:
-    """Print the table; the best predictor of a row in bold, the truth has no ceiling."""
-    scores = pd.read_csv(SCORES, dtype={"seed": str})
+def read(name: str, table: str = "scores") -> pd.DataFrame:
+    """Return a table of a benchmark; empty if it did not run."""
+    path = HERE / name / f"{table}.csv"
+    return pd.read_csv(path, dtype={"seed": str}) if path.is_file() else pd.DataFrame()
+
+
+def main_table() -> list[str]:
+    """Return the main table; the best predictor of a row in bold, the truth has no ceiling."""
+    scores = read("main")
     scores = scores[scores["metric"] == "ate_rho"]
-    means = scores.pivot_table(
-        index=["screen", "reference", "labels"], columns="predictor", values="value"
-    )
+    means = _means(scores)
     seeds = ", ".join(sorted(scores["seed"].unique()))
     lines = [f"| ATE-ρ, mean of seeds {seeds} | {' | '.join(COLUMNS.values())} |"]
-    lines.append("|---|" + "---:|" * len(COLUMNS))
+    lines.append("|---|" + _RULE * len(COLUMNS))
     for name, place in ROWS.items():
         row = means.loc[place].reindex(list(COLUMNS))
         if place[1] == "truth":
             row["ceiling"] = float("nan")
-        best = row.drop("ceiling").max()
-        cells = ["" if pd.isna(v) else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in row]
+        lines.append(f"| {name} | {' | '.join(_marked(row, row.drop('ceiling').max()))} |")
+    return lines
+
+
+def scenario_table() -> list[str]:
+    """Return this model, and it without failing cells, in every scenario, against the truth."""
+    scores = pd.concat([read("main"), read("scenarios")])
+    comparisons = pd.concat([read("main", "comparisons"), read("scenarios", "comparisons")])
+    means = _means(scores[scores["metric"] == "ate_rho"])
+    part = ["this model", "without failing cells", "regression, all cells", "difference"]
+    lines = [f"| | seen: {' | '.join(part)} | pairs: {' | '.join(part)} |", "|---|" + _RULE * 8]
+    for name, screen in SCENARIOS.items():
+        cells = []
+        for labels in ("seen", "held_out"):
+            place = (screen, "truth", labels)
+            row = means.loc[place, list(SHOWN)]
+            cells += [*map("{:.3f}".format, row), _difference(comparisons, place)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    place = (CORRUPTED, "cells", "seen")
+    row = means.loc[place, list(SHOWN)]
+    cells = [*map("{:.3f}".format, row), _difference(comparisons, place), *[""] * 4]
+    return [*lines, f"| Papalexi, a quarter of the passing cells corrupted | {' | '.join(cells)} |"]
+
+
+def ablation_table() -> list[str]:
+    """Return every variant's truth, density and leakage on the simulated screen, and Papalexi's."""
+    scores = read("ablations").set_index(["screen", "reference", "labels", "metric", "predictor"])
+    values = scores["value"]
+    columns = {
+        "seen": ("default", "truth", "seen", "ate_rho"),
+        "held-out pairs": ("default", "truth", "held_out", "ate_rho"),
+        "density": ("default", "model", "all", "iwelbo_val"),
+        "leakage": ("default", "model", "all", "leakage_artifact_knn"),
+        "Papalexi": ("papalexi", "cells", "seen", "ate_rho"),
+        "density, Papalexi": ("papalexi", "model", "all", "iwelbo_val"),
+    }
+    table = pd.DataFrame({name: values.loc[place] for name, place in columns.items()})
+    lines = [f"| variant | {' | '.join(columns)} |", "|---|" + _RULE * len(columns)]
+    for variant, row in table.iterrows():
+        cells = [f"{v:.1f}" if "density" in name else f"{v:.3f}" for name, v in row.items()]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return lines
+
+
+def _means(scores: pd.DataFrame) -> pd.DataFrame:
+    return scores.pivot_table(
+        index=["screen", "reference", "labels"], columns="predictor", values="value"
+    )
+
+
+def _marked(row: pd.Series, best: float) -> list[str]:
+    return ["" if pd.isna(v) else f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in row]
+
+
+def _difference(comparisons: pd.DataFrame, place: tuple[str, str, str]) -> str:
+    rows = comparisons[
+        (comparisons["metric"] == "ate_rho")
+        & (comparisons["ours"] == "cradle")
+        & (comparisons["other"] == "cradle_passing")
+    ].set_index(["screen", "reference", "labels"])
+    row = rows.loc[place]
+    ends = (f"{row[end]:+.3f}".replace("-", "−") for end in ("mean", "ci_low", "ci_high"))
+    return "{} ({} to {})".format(*ends)
+
+
+TABLES = {"main": main_table, "scenarios": scenario_table, "ablations": ablation_table}
+
+
+def main() -> None:
+    """Print one table, or the main one."""
+    lines = TABLES[sys.argv[1] if len(sys.argv) > 1 else "main"]()
     sys.stdout.write("\n".join(lines) + "\n")
 
 
