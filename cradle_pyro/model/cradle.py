@@ -124,7 +124,8 @@ class GeneEffectPrior(nn.Module):
         """Return the prior, of the effects at `rows` if given; batch shape (effects, genes)."""
         logits = self.logits if rows is None else self.logits[rows]
         log_weights = logits.log_softmax(-1).unsqueeze(-2)
-        return ScaleMixtureNormal(log_weights.expand(-1, self.n_genes, -1), self.scales)
+        prior = ScaleMixtureNormal(log_weights, self.scales)
+        return prior.expand(torch.Size([len(logits), self.n_genes]))
 
 
 class Cradle(nn.Module):

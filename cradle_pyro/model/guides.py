@@ -110,10 +110,10 @@ class ExpressionInput(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the input, shape (cells, genes + 1)."""
-        values = torch.log1p(batch.counts) if self.take_log else batch.counts
+        values = torch.log1p(batch.counts) if self.take_log else batch.counts.clone()
         library = (batch.library.log() - self.log_library_mean) / self.log_library_sd
-        expression = (values - self.log_mean) / self.log_sd
-        return torch.cat([expression.clamp(-10, 10), library.unsqueeze(-1)], -1)
+        expression = values.sub_(self.log_mean).div_(self.log_sd).clamp_(-10, 10)
+        return torch.cat([expression, library.unsqueeze(-1)], -1)
 
 
 def response_summary(expression: Tensor, log_fold_change: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from cradle_pyro.types import SCALE, Statistics
 
-from .special import log_rising
+from .sampling import draw_counts
+from .special import log_choose, mean_terms
 
 __all__ = [
     "AbstractLikelihood",
@@ -42,9 +43,9 @@ class _GeneDistribution(TorchDistribution):
     support = constraints.independent(constraints.nonnegative, 1)
     has_rsample = False
 
-    def __init__(self, loc: Tensor, *, validate_args: bool | None = None) -> None:
-        self.loc = loc
-        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
+    def __init__(self, rate: Tensor, *, validate_args: bool | None = None) -> None:
+        self.rate = rate
+        super().__init__(rate.shape[:-1], rate.shape[-1:], validate_args=validate_args)
 
     def expand(
         self, batch_shape: torch.Size, _instance: TorchDistribution | None = None
@@ -52,10 +53,15 @@ class _GeneDistribution(TorchDistribution):
         """Return the distribution with a larger batch shape."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        new.loc = self.loc.expand(torch.Size(batch_shape) + self.event_shape)
         shape = torch.Size(batch_shape)
+        new.rate = self.rate.expand(shape + self.event_shape)
         TorchDistribution.__init__(new, shape, self.event_shape, validate_args=False)
         return new
+
+    @property
+    def loc(self) -> Tensor:
+        """Mean of the counts or values, shape (..., cells, genes)."""
+        return self.rate
 
     @property
     def mean(self) -> Tensor:
@@ -94,22 +100,48 @@ class GeneNegativeBinomial(_GeneDistribution):
 
     Parameters
     ----------
-    loc
-        Mean, shape (..., cells, genes).
+    rate
+        Mean, shape (..., cells, genes); with a library, the mean of each of its counts.
     inverse_dispersion
         Positive, shape (genes,).
+    library
+        Total of each cell, shape (..., cells); by default one.
 
     Notes
     -----
     log p(x) = lgamma(x+θ) - lgamma(θ) - lgamma(x+1) + x log(μ/θ) - (x+θ) log(1+μ/θ). The lgamma
-    terms do not depend on the mean and are computed once for all particles.
+    terms do not depend on the mean and are computed once for all particles, and of x > 0 only.
     """
 
     def __init__(
-        self, loc: Tensor, inverse_dispersion: Tensor, *, validate_args: bool | None = None
+        self,
+        rate: Tensor,
+        inverse_dispersion: Tensor,
+        library: Tensor | None = None,
+        *,
+        validate_args: bool | None = None,
     ) -> None:
         self.inverse_dispersion = inverse_dispersion
-        super().__init__(loc, validate_args=validate_args)
+        self.library = library
+        if library is not None:
+            shape = torch.broadcast_shapes(rate.shape[:-1], library.shape)
+            rate, self.library = rate.expand(*shape, -1), library.expand(shape)
+        super().__init__(rate, validate_args=validate_args)
+
+    def expand(
+        self, batch_shape: torch.Size, _instance: TorchDistribution | None = None
+    ) -> GeneNegativeBinomial:
+        """Return the distribution with a larger batch shape."""
+        new = super().expand(batch_shape, _instance)
+        assert isinstance(new, GeneNegativeBinomial)
+        if self.library is not None:
+            new.library = self.library.expand(batch_shape)
+        return new
+
+    @property
+    def loc(self) -> Tensor:
+        """Mean of the counts, shape (..., cells, genes)."""
+        return self.rate if self.library is None else self.library.unsqueeze(-1) * self.rate
 
     @property
     def variance(self) -> Tensor:
@@ -117,19 +149,15 @@ class GeneNegativeBinomial(_GeneDistribution):
         return self.loc + self.loc**2 / self.inverse_dispersion
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        """Return counts, shape sample_shape + (..., cells, genes), as a gamma-Poisson mixture."""
+        """Return counts, shape sample_shape + (..., cells, genes)."""
         with torch.no_grad():
-            shape = self._extended_shape(sample_shape)
-            theta = self.inverse_dispersion.expand(shape)
-            gamma = torch._standard_gamma(theta)
-            return torch.poisson(gamma * (self.loc / self.inverse_dispersion).expand(shape))
+            mean = self.loc.expand(self._extended_shape(sample_shape))
+            return draw_counts(mean, self.inverse_dispersion)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-probability of each cell, shape (..., cells)."""
         theta = self.inverse_dispersion
-        ratio = (self.loc / theta).clamp(min=_SMALLEST_MEAN)
-        terms = value * ratio.log() - (value + theta) * torch.log1p(ratio)
-        return terms.sum(-1) + log_rising(value, theta) - torch.lgamma(value + 1).sum(-1)
+        return mean_terms(self.rate, theta, value, self.library) + log_choose(value, theta)
 
     def log_prob_per_gene(self, value: Tensor) -> Tensor:
         """Return the log-probability of each count, shape (..., cells, genes)."""
@@ -273,7 +301,7 @@ class NegativeBinomialLikelihood(_WithDispersion):
 
     def forward(self, rate: Tensor, library: Tensor) -> GeneNegativeBinomial:
         """Return the distribution of counts, batch shape (..., cells), event shape (genes,)."""
-        return GeneNegativeBinomial(library.unsqueeze(-1) * rate, self.inverse_dispersion)
+        return GeneNegativeBinomial(rate, self.inverse_dispersion, library)
 
 
 class PoissonLikelihood(AbstractLikelihood):

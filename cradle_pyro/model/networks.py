@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from pyro import distributions as dist
@@ -169,11 +170,14 @@ class Decoder(nn.Module):
 
     def forward(self, *states: Tensor) -> Tensor:
         """Return logits, shape (..., outputs)."""
-        logits = self.bias
+        weights: list[Tensor] = [cast("nn.Linear", linear).weight for linear in self.linear]
+        inputs = list(states[: len(weights)])
         if self.network is not None and self.output is not None:
-            logits = logits + self.output(self.network(*states))
-        for linear, state in zip(self.linear, states, strict=False):
-            logits = logits + linear(state)
+            weights.insert(0, self.output.weight)
+            inputs.insert(0, self.network(*states))
+        logits = functional.linear(inputs[0], weights[0], self.bias)  # no pass for the bias alone
+        for value, weight in zip(inputs[1:], weights[1:], strict=True):
+            logits = logits + functional.linear(value, weight)
         return logits
 
 

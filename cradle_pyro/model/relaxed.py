@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Normal, register_kl
 from torch.distributions.utils import lazy_property
 from torch.nn import functional
+
+from .blocks import cache_blocks
 
 _TWO_PI = 2 * math.pi
 
@@ -125,6 +127,10 @@ class ScaleMixtureNormal(TorchDistribution):
         Log-probabilities of the components, shape (..., components); they sum to one.
     scales
         Standard deviations, the spike first, shape (components,).
+
+    Notes
+    -----
+    An expanded distribution keeps its weights as they are: genes share those of a perturbation.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -146,20 +152,21 @@ class ScaleMixtureNormal(TorchDistribution):
     @property
     def variance(self) -> Tensor:
         """Weighted mean of the components' variances."""
-        return self.log_weights.exp() @ self.scales**2
+        return (self.log_weights.exp() @ self.scales**2).expand(self.batch_shape)
 
     def expand(
         self, batch_shape: torch.Size, _instance: TorchDistribution | None = None
     ) -> ScaleMixtureNormal:
         """Return the distribution with a larger batch shape."""
-        shape = torch.Size(batch_shape) + self.scales.shape
-        return ScaleMixtureNormal(self.log_weights.expand(shape), self.scales, validate_args=False)
+        new = ScaleMixtureNormal(self.log_weights, self.scales, validate_args=False)
+        TorchDistribution.__init__(new, torch.Size(batch_shape), validate_args=False)
+        return new
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """Return draws: a component, then its Normal."""
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():
-            component = _components(self.log_weights.softmax(-1), shape)
+            component = _components(self.log_weights.softmax(-1).movedim(-1, 0), shape)
             return torch.randn(shape, device=self.scales.device) * self.scales[component]
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -169,7 +176,7 @@ class ScaleMixtureNormal(TorchDistribution):
     def component_log_probs(self, value: Tensor, extra_variance: Tensor | float = 0.0) -> Tensor:
         """Return log weight_k + log N(value; 0, scale_k² + extra variance), components last."""
         shape = torch.broadcast_shapes(self.batch_shape, value.shape)
-        log_weights = self.log_weights.expand(*shape, -1).movedim(-1, 0)
+        log_weights = _with_room(self.log_weights.movedim(-1, 0), len(shape))
         variance = _components_first(self.scales**2, len(shape)) + extra_variance
         fit = value**2 / variance + (_TWO_PI * variance).log()
         return (log_weights - 0.5 * fit).movedim(0, -1)
@@ -233,43 +240,34 @@ class TiltedScaleMixture(TorchDistribution):
         )
 
     @lazy_property
-    def _evidence(self) -> Tensor:
-        """Joint log-density of component and observation, shape (..., components)."""
-        return self.prior.component_log_probs(self.loc, self.scale**2)
+    def _posterior(self) -> _Posterior:
+        with torch.no_grad():
+            return _posterior(self.prior, *torch.broadcast_tensors(self.loc, self.scale))
 
-    @lazy_property
-    def _shrinkage(self) -> Tensor:
-        """Factor on the observation in each component, shape (..., components)."""
-        variance = _components_first(self.prior.scales**2, self.scale.dim())
-        return (variance / (variance + self.scale**2)).movedim(0, -1)
-
-    @lazy_property
+    @property
     def inclusion(self) -> Tensor:
         """Posterior probabilities of the components, the spike first, shape (..., components)."""
-        return _softmax(self._evidence)
+        return self._posterior.inclusion.movedim(0, -1)
 
-    @lazy_property
+    @property
     def mean(self) -> Tensor:
-        """Posterior mean."""
-        return (self.inclusion * self._shrinkage).sum(-1) * self.loc
+        """Posterior mean; like all that follows from the posterior, without a gradient."""
+        return self._posterior.mean
 
-    @lazy_property
+    @property
     def variance(self) -> Tensor:
         """Posterior variance."""
-        shrinkage = self._shrinkage
-        within = (self.inclusion * shrinkage).sum(-1) * self.scale**2
-        second = (self.inclusion * shrinkage**2).sum(-1)
-        first = (self.inclusion * shrinkage).sum(-1)
-        return within + (second - first**2).clamp(min=0) * self.loc**2
+        return self._posterior.variance
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """Return exact draws; a slope at the draw is passed on to `loc` as it is."""
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():
-            component = _components(self.inclusion, shape).unsqueeze(-1)
-            shrinkage = self._shrinkage.expand(*shape, -1).gather(-1, component).squeeze(-1)
+            component = _components(self._posterior.inclusion, shape)
+            variance = self.prior.scales.square()[component]
+            shrinkage = variance / (variance + self.scale**2)
             noise = torch.randn(shape, device=shrinkage.device, dtype=shrinkage.dtype)
-            draw = shrinkage * self.loc + shrinkage.sqrt() * self.scale * noise
+            draw = noise.mul_(shrinkage.sqrt()).mul_(self.scale).add_(shrinkage.mul_(self.loc))
         return draw + (self.loc - self.loc.detach())
 
     def given_slab(self) -> TiltedScaleMixture:
@@ -282,7 +280,8 @@ class TiltedScaleMixture(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-density."""
         fit = Normal(self.loc, self.scale).log_prob(value)
-        return fit + self.prior.log_prob(value) - self._evidence.logsumexp(-1)
+        evidence = self.prior.component_log_probs(self.loc, self.scale**2).logsumexp(-1)
+        return fit + self.prior.log_prob(value) - evidence
 
 
 @register_kl(TiltedScaleMixture, ScaleMixtureNormal)
@@ -292,15 +291,71 @@ def _kl_tilted_scale_mixture(q: TiltedScaleMixture, p: ScaleMixtureNormal) -> Te
     if not same:
         raise NotImplementedError  # the ELBO falls back to the sample
     with torch.no_grad():
-        square = q.variance + (q.mean - q.loc) ** 2
+        found = q._posterior
+        square = found.variance + (found.mean - q.loc) ** 2
         fit = -0.5 * (square / q.scale**2 + (_TWO_PI * q.scale**2).log())
-        divergence = fit - q._evidence.logsumexp(-1)
-        pull = (q.loc - q.mean) / q.scale**2
-        inclusion = q.inclusion
-    # Zero in value; their gradients are the natural gradient of loc and the EM gradient of weights.
-    move_loc = pull * (q.loc - q.loc.detach())
-    move_weights = (inclusion * (p.log_weights - p.log_weights.detach())).sum(-1)
-    return divergence + move_loc - move_weights
+        divergence = fit - found.log_evidence
+        pull = (q.loc - found.mean) / q.scale**2
+    return _NaturalGradient.apply(q.loc, p.log_weights, divergence, pull, found.inclusion)
+
+
+class _NaturalGradient(torch.autograd.Function):
+    """The divergence, with the natural gradient of loc and the EM gradient of the weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loc: Tensor,
+        log_weights: Tensor,
+        divergence: Tensor,
+        pull: Tensor,
+        inclusion: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(pull, inclusion)
+        ctx.shapes = loc.shape, log_weights.shape
+        return divergence.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        pull, inclusion = ctx.saved_tensors
+        of_loc, of_weights = ctx.shapes
+        (slope,) = gradients
+        move_weights = (inclusion * slope).neg_().movedim(0, -1)
+        return (slope * pull).sum_to_size(of_loc), move_weights.sum_to_size(of_weights), *[None] * 3
+
+
+class _Posterior(NamedTuple):
+    """Of values under a scale mixture, given one Normal observation each; components come first."""
+
+    inclusion: Tensor
+    mean: Tensor
+    variance: Tensor
+    log_evidence: Tensor
+
+
+def _posterior(prior: ScaleMixtureNormal, loc: Tensor, scale: Tensor) -> _Posterior:
+    """Return the posterior given observations at `loc`, worked out a block at a time."""
+    shape = torch.broadcast_shapes(prior.batch_shape, loc.shape)
+    loc, scale = loc.expand(shape), scale.expand(shape)
+    log_weights = _with_room(prior.log_weights.movedim(-1, 0), len(shape)).expand(-1, *shape)
+    found = _Posterior(loc.new_empty(log_weights.shape), *(torch.empty_like(loc) for _ in range(3)))
+    for block in cache_blocks(loc, copies=len(log_weights)):
+        observed, error = loc[block], scale[block].square()
+        variance = _components_first(prior.scales**2, error.dim())
+        total = variance + error
+        joint = observed.square() / total + (_TWO_PI * total).log()
+        joint = log_weights[:, *block] - joint.mul_(0.5)
+        log_evidence = joint.logsumexp(0)
+        inclusion = joint.sub_(log_evidence).exp_()
+        shrinkage = torch.div(variance, total, out=total)
+        first = (inclusion * shrinkage).sum(0)
+        second = (inclusion * shrinkage.square_()).sum(0)
+        beyond = second.sub_(first.square()).clamp_(min=0).mul_(observed.square())
+        found.inclusion[:, *block] = inclusion
+        found.mean[block] = first * observed
+        found.variance[block] = first.mul_(error).add_(beyond)
+        found.log_evidence[block] = log_evidence
+    return found
 
 
 def normal_expectation(
@@ -331,15 +386,23 @@ def _gauss_hermite(nodes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _components(probabilities: Tensor, shape: torch.Size) -> Tensor:
-    """Return draws of a component, by one uniform number each; faster than torch's Categorical."""
-    upper = probabilities.cumsum(-1)[..., :-1]
+    """Return draws of a component, by one uniform number each; faster than torch's Categorical.
+
+    Probabilities have the components first, and draws the given shape.
+    """
+    upper = _with_room(probabilities.cumsum(0)[:-1], len(shape))
     uniform = torch.rand(shape, device=upper.device, dtype=upper.dtype)
-    return (uniform.unsqueeze(-1) >= upper).sum(-1)
+    return (uniform >= upper).sum(0)
 
 
 def _components_first(values: Tensor, n_dims: int) -> Tensor:
     """Return values of the components in a dimension before `n_dims` others."""
     return values.reshape(-1, *[1] * n_dims)
+
+
+def _with_room(values: Tensor, n_dims: int) -> Tensor:
+    """Return values with components first and `n_dims` other dimensions, new ones of size one."""
+    return values.reshape(len(values), *[1] * (n_dims + 1 - values.dim()), *values.shape[1:])
 
 
 def _softmax(logits: Tensor) -> Tensor:
