@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from anndata import AnnData
 from cradle_pyro.config import Config
 from cradle_pyro.data.confounding import confounding_report, warn_confounding
 from cradle_pyro.data.dataset import CellData
-from cradle_pyro.data.fields import check_target, read_screen, write_h5ad_atomic
+from cradle_pyro.data.fields import check_directory, check_target, read_screen, write_h5ad_atomic
 from cradle_pyro.data.groups import log2_fraction
 from cradle_pyro.data.prepare import Prepared, prepare, prepare_query
 from cradle_pyro.data.qc import QCThresholds, qc_metrics
@@ -56,10 +55,9 @@ from cradle_pyro.reporting.report import (
     write_report,
 )
 from cradle_pyro.reporting.table import strongest_effects, write_text_report
-from cradle_pyro.simulate.perturbseq import simulate_perturbseq
+from cradle_pyro.simulate.perturbseq import DEMO_SETTINGS, simulate_perturbseq
 
 __all__ = [
-    "DEMO_SETTINGS",
     "Demo",
     "effects_run",
     "evaluate_run",
@@ -70,13 +68,6 @@ __all__ = [
 ]
 
 _SPLIT = "cradle_split"
-DEMO_SETTINGS = (
-    "data.layer='counts'",
-    "data.covariate_keys=['batch']",
-    "split.method=combinations",
-)
-"""What the demo changes in the default configuration."""
-
 _SMOKE_SETTINGS = (
     "train.max_epochs=2",
     "model.n_latents=4",
@@ -138,7 +129,7 @@ def train_run(
         For a mistake in the data, the configuration or the directory, before long work.
     """
     path, out = Path(path), Path(out)
-    _check_writable(out)
+    check_directory(out)
     adata = _read(path, config)
     return _train(adata, path, out, config, resume=resume, progress=progress)
 
@@ -196,7 +187,7 @@ def evaluate_run(
     run = Path(run)
     posterior = load(run)
     out = Path(out) if out else run / "metrics.json"
-    _check_writable(out.parent)
+    check_directory(out.parent)
     path = Path(data) if data is not None else _recorded_path(posterior, run)
     return _evaluate(posterior, _read(path, posterior.config), path, out)
 
@@ -605,7 +596,7 @@ def run_demo(
         Called with a line on each step.
     """
     out = Path(out)
-    _check_writable(out)
+    check_directory(out)
     if config is None:
         config = Config().with_settings([*DEMO_SETTINGS, *(_SMOKE_SETTINGS if smoke else ())])
     config = config.with_settings([f"split.seed={seed}", f"train.seed={seed}"])
@@ -668,12 +659,3 @@ def _before_and_after(before: AnnData, after: AnnData, config: Config) -> pd.Dat
 def _covariate_table(adata: AnnData, config: Config) -> pd.DataFrame | None:
     keys = list(config.data.covariate_keys)
     return adata.obs[keys].astype(str) if keys else None
-
-
-def _check_writable(path: Path) -> None:
-    """Raise unless the directory `path` can be made and written to; nothing is made yet."""
-    nearest = next(place for place in (path, *path.resolve().parents) if place.exists())
-    if not nearest.is_dir():
-        raise DataError(f"Cannot write to '{path}': '{nearest}' is a file. Choose another --out.")
-    if not os.access(nearest, os.W_OK):
-        raise DataError(f"Cannot write to '{path}': permission denied. Choose another --out.")

@@ -750,14 +750,3 @@ def test_real_screens(screens, name, n_cells, n_labels, library_key):
     rows = np.random.default_rng(0).integers(0, n_cells, 64)
     assert equal(backed.batch(rows), data.batch(rows))
     assert backed.fingerprint == data.fingerprint
-
-
-@pytest.mark.perf
-def test_batch_of_512_cells_takes_milliseconds():
-    import timeit
-
-    counts = sp.random_array((5000, 5000), density=0.1, format="csr", rng=0, dtype=np.float32)
-    counts.data = np.ceil(counts.data * 5)
-    data = CellData.from_anndata(make_screen(counts), artifact="none")
-    rows = np.random.default_rng(0).integers(0, 5000, 512)
-    assert min(timeit.repeat(lambda: data.batch(rows), number=1, repeat=10)) < 0.02

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -158,12 +157,3 @@ def test_arrays_of_the_wrong_shape_are_refused(arguments, words, rng):
     default = {"perturbation_ids": ["A", "A", "B"], "artifact_state": [True, False, True]}
     with pytest.raises(DataError, match=words):
         match_partners(**{**default, **arguments}, rng=rng)
-
-
-@pytest.mark.perf
-def test_a_hundred_thousand_cells_take_well_under_a_second():
-    table = make_table(n_cells=100_000, n_labels=300, n_batches=10)
-    codes = np.unique(table.perturbation, return_inverse=True)[1]
-    start = time.perf_counter()
-    match(table._replace(perturbation=codes))
-    assert time.perf_counter() - start < 0.5

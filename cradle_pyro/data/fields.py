@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ __all__ = [
     "RowWriter",
     "StoredMatrix",
     "as_counts",
+    "check_directory",
     "check_names",
     "iter_count_rows",
     "read_counts",
@@ -36,6 +38,7 @@ __all__ = [
     "take_columns",
     "take_rows",
     "warn_silent_genes",
+    "write_annotated_copy",
     "write_h5ad_atomic",
     "write_rows_atomic",
     "write_text_atomic",
@@ -196,6 +199,21 @@ def check_target(path: str | os.PathLike[str]) -> None:
         raise DataError(f"{str(path)!r} cannot be written: permission denied.")
 
 
+def check_directory(path: Path) -> None:
+    """Raise unless the directory `path` can be made and written to; nothing is made yet.
+
+    Raises
+    ------
+    DataError
+        A part of the path is a file, or permission is denied.
+    """
+    nearest = next(place for place in (path, *path.resolve().parents) if place.exists())
+    if not nearest.is_dir():
+        raise DataError(f"Cannot write to '{path}': '{nearest}' is a file. Choose another --out.")
+    if not os.access(nearest, os.W_OK):
+        raise DataError(f"Cannot write to '{path}': permission denied. Choose another --out.")
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Write a file so that it is either there as a whole or as it was before.
 
@@ -236,6 +254,31 @@ def write_h5ad_atomic(
     options = {} if compression is None else {"compression": compression}
     with _written_whole(path) as temporary, _writing(path):
         _write_elements(adata, temporary, options)
+
+
+def write_annotated_copy(
+    adata: AnnData, source: str | os.PathLike[str], path: str | os.PathLike[str]
+) -> None:
+    """Write the h5ad file `source` to `path`, with ``obs`` and ``uns`` of `adata`.
+
+    Everything else is copied as it lies on the disk, so that counts are never in memory.
+
+    Raises
+    ------
+    DataError
+        As :func:`write_h5ad_atomic`.
+    """
+    import h5py
+    from anndata.io import write_elem
+
+    path = Path(path)
+    with _written_whole(path) as temporary, _writing(path):
+        shutil.copyfile(source, temporary)
+        with h5py.File(temporary, "r+") as file:
+            for name, part in (("obs", _with_categories(adata.obs)), ("uns", dict(adata.uns))):
+                if name in file:
+                    del file[name]
+                write_elem(file, name, part)
 
 
 class RowWriter:

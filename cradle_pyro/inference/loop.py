@@ -122,7 +122,7 @@ class TrainingLoop(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Report the validation loss, which early stopping and the best checkpoint watch."""
-        self.log("val_loss", sum(self._means(_VALIDATION).values()), prog_bar=True)
+        self.log("val_loss", sum(self.means(_VALIDATION).values()), prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the schedule; parameters fall into three groups.
@@ -176,7 +176,7 @@ class TrainingLoop(L.LightningModule):
 
     def take_means(self, stage: str) -> dict[str, float]:
         """Return the mean terms since the last call, in nats per cell, and start anew."""
-        means = self._means(stage)
+        means = self.means(stage)
         self.sums[stage], self.sizes[stage] = {}, 0
         return means
 
@@ -213,8 +213,8 @@ class TrainingLoop(L.LightningModule):
                     _describe(f"no term could be computed ({reason})", self)
                 ) from error
 
-    def _means(self, stage: str) -> dict[str, float]:
-        """Return the mean terms over the cells of all processes."""
+    def means(self, stage: str) -> dict[str, float]:
+        """Return the mean terms since the last `take_means`, over the cells of all processes."""
         names, size = list(self.sums[stage]), self.sizes[stage]
         if not names:
             return {}

@@ -20,6 +20,7 @@ from cradle_pyro.data.dataset import CellData
 from cradle_pyro.data.prepare import assign_split
 from cradle_pyro.data.statistics import regression_effects, training_statistics
 from cradle_pyro.errors import ConfigError, DataError
+from cradle_pyro.inference.allocation import freed_memory_kept
 from cradle_pyro.inference.batches import Carriers, Process, cell_loader
 from cradle_pyro.inference.objectives import CradleELBO, FlipPool
 from cradle_pyro.inference.pair import PairBuilder, build_pair
@@ -240,7 +241,8 @@ def _train_pair(
         train, validation = (
             cell_loader(data, config, part, carriers, process) for part in ("train", "val")
         )
-        trainer.fit(loop, train, [validation] if validate else None, ckpt_path=resume_from)
+        with freed_memory_kept():
+            trainer.fit(loop, train, [validation] if validate else None, ckpt_path=resume_from)
         if best.best_model_path:
             loop.load_best(best.best_model_path)
     model.cpu().eval()

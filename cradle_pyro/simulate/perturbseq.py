@@ -27,9 +27,16 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Codes = NDArray[np.int64]
 
-__all__ = ["ARTIFACT_KINDS", "simulate_perturbseq"]
+__all__ = ["ARTIFACT_KINDS", "DEMO_SETTINGS", "simulate_perturbseq"]
 
 ARTIFACT_KINDS: tuple[str, ...] = ("low_capture", "leaking", "ambient", "doublet")
+
+DEMO_SETTINGS = (
+    "data.layer='counts'",
+    "data.covariate_keys=['batch']",
+    "split.method=combinations",
+)
+"""What these screens, that of the demo among them, need beside the default configuration."""
 
 _CONTROL = "control"
 _SCALE = 1e4

@@ -270,7 +270,7 @@ def floor(seed: int) -> Figures:
     is inferred from the counts by variational inference for each cell.
     """
     from cradle_pyro.evaluation.metrics import rmse
-    from cradle_pyro.workflow import DEMO_SETTINGS
+    from cradle_pyro.simulate.perturbseq import DEMO_SETTINGS
 
     settings = [*DEMO_SETTINGS, f"split.seed={seed}", f"train.seed={seed}"]
     adata, data = cp.prepare(cp.simulate_perturbseq(seed=seed), cp.Config().with_settings(settings))
