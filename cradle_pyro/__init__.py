@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from cradle_pyro.reporting.to_arviz import to_arviz
     from cradle_pyro.simulate.corrupt import corrupt
     from cradle_pyro.simulate.perturbseq import simulate_perturbseq
+    from cradle_pyro.sweeps import run_trial, sweep
     from cradle_pyro.types import Batch, Schema
 
 __version__ = "0.1.0"
@@ -71,8 +72,10 @@ _HOMES = {
     "load": "inference.checkpoint",
     "prepare": "data.prepare",
     "read_public": "data.public",
+    "run_trial": "sweeps",
     "sign_calls": "queries.calls",
     "simulate_perturbseq": "simulate.perturbseq",
+    "sweep": "sweeps",
     "to_anndata": "reporting.to_anndata",
     "to_arviz": "reporting.to_arviz",
 }
@@ -114,8 +117,10 @@ __all__ = [
     "plots",
     "prepare",
     "read_public",
+    "run_trial",
     "sign_calls",
     "simulate_perturbseq",
+    "sweep",
     "to_anndata",
     "to_arviz",
 ]

@@ -110,15 +110,26 @@ def annotate(
 
     Example: cradle-pyro annotate screen.h5ad --out annotated.h5ad --n-mads 3
     """
-    from cradle_pyro.data.fields import check_target, read_screen, write_h5ad_atomic
+    from cradle_pyro.data.fields import (
+        BackedCounts,
+        check_target,
+        read_counts,
+        read_screen,
+        write_annotated_copy,
+        write_h5ad_atomic,
+    )
     from cradle_pyro.data.prepare import annotate as annotate_as_configured
 
     flags = {"qc.n_mads": n_mads, "data.layer": layer}
     resolved = _config(config, settings, flags)
     check_target(out)
-    adata = read_screen(data)
+    backed = resolved.data.backed if data.is_file() else False  # zarr stores are read whole
+    adata = read_screen(data, backed=backed, layer=resolved.data.layer)
     annotate_as_configured(adata, resolved.data, resolved.qc, fit_on=fit_on)
-    write_h5ad_atomic(adata, out)
+    if isinstance(read_counts(adata, resolved.data.layer), BackedCounts):
+        write_annotated_copy(adata, data, out)
+    else:
+        write_h5ad_atomic(adata, out)
     share = adata.obs["cradle_artifact"].mean()
     _console(quiet).print(
         f"Wrote {out}: {share:.1%} of {adata.n_obs:,} cells carry an artifact flag."
@@ -302,6 +313,50 @@ def report(
     path = report_run(run, data=data, out=out, draws=draws, seed=seed, progress=not quiet)
     size = path.stat().st_size / 1e6
     _console(quiet).print(f"Wrote {path}: one page of {size:.1f} MB. Open it in a browser.")
+
+
+@cli.command()
+def sweep(
+    data: Screen,
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    vary: Annotated[
+        Optional[list[str]],
+        typer.Option(help="section.key=value,value,... to try; may be repeated.  [required]"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of training for each setting.", min=1)] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at a time.", min=1)] = 1,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train with many settings and seeds, side by side, and compare their validation losses.
+
+    Runs that are there already are kept, so that a stopped sweep goes on. A run that fails is
+    listed at the end, and the exit code is 1.
+
+    Example: cradle-pyro sweep annotated.h5ad --out sweeps/a --vary model.n_latents=8,16 --seeds 3
+    """
+    from cradle_pyro.queries.progress import progress_bar
+    from cradle_pyro.sweeps import summary, sweep, trials_of, varied_from
+
+    varied = varied_from(vary or [])
+    console = _console(quiet)
+    n_trials = len(trials_of(varied, range(seeds)))
+    with progress_bar("Training", n_trials, show=not quiet) as advance:
+        table = sweep(
+            data, out, varied, _config(config, settings, {}), seeds=range(seeds), jobs=jobs,
+            advance=advance,
+        )  # fmt: skip
+    console.print(summary(table, list(varied)).to_string(float_format="{:.2f}".format))
+    console.print(f"Wrote {out}: sweep.csv, and {n_trials} run directories in runs.")
+    failed = table[table["failed"] != ""]
+    if len(failed):
+        errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        errors.print(f"[red]{len(failed)} runs failed:[/red]")
+        for _, row in failed.iterrows():
+            where = ", ".join(f"{name}={row[name]}" for name in (*varied, "seed"))
+            errors.print(escape(f"  {where}: {row['failed']}"))
+        raise typer.Exit(1)
 
 
 benchmarks = typer.Typer(invoke_without_command=True)

@@ -24,7 +24,7 @@ LAYERS = (
     ("queries", "baselines"),
     ("evaluation",),
     ("reporting",),
-    ("cli", "workflow", "__init__", "__main__"),
+    ("cli", "workflow", "sweeps", "__init__", "__main__"),
 )
 LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
@@ -34,8 +34,11 @@ UNSEEN = {
     "model": ("anndata", "scanpy", "pandas", "cradle_pyro.data"),
     "evaluation.metrics": ("anndata", "scanpy", "torch", "pyro"),
 }
-PICKLES = ("pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")
-PICKLE_CALLS = ("torch.save", "read_pickle", "to_pickle", "pyro.get_param_store().load")
+_BY_JOBLIB = ("joblib.dump", "joblib.load")
+PICKLES = ("pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", *_BY_JOBLIB)
+PICKLE_CALLS = (
+    "torch.save", "read_pickle", "to_pickle", "pyro.get_param_store().load", *_BY_JOBLIB,
+)  # fmt: skip
 HEAVY = ("scanpy", "lightning", "pytorch_lightning", "matplotlib", "arviz", "sklearn", "skimage")
 
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -20,7 +20,8 @@ from cradle_pyro.data.fields import write_h5ad_atomic
 from cradle_pyro.inference.checkpoint import load
 
 COMMANDS = (
-    "simulate", "annotate", "train", "evaluate", "query", "effects", "report", "benchmark", "demo",
+    "simulate", "annotate", "train", "evaluate", "query", "effects", "report", "sweep", "benchmark",
+    "demo",
 )  # fmt: skip
 TINY = [part for setting in SETTINGS for part in ("--set", setting)]
 
@@ -311,6 +312,22 @@ def test_thresholds_can_be_fitted_on_chosen_cells(tmp_path):
     assert str(found[0]) != str(found[1])
 
 
+def test_a_screen_on_disk_is_annotated_as_one_in_memory(tmp_path):
+    adata = make_screen()
+    adata.raw = adata.copy()
+    path = stored(adata, tmp_path / "a.h5ad")
+    found = []
+    for backed in ("false", "true"):
+        out, setting = tmp_path / f"{backed}.h5ad", f"data.backed={backed}"
+        assert run("annotate", path, "--out", out, "--quiet", *TINY, "--set", setting) == 0
+        found.append(anndata.read_h5ad(out))
+    here, there = found
+    assert here.obs.equals(there.obs)
+    assert str(here.uns["cradle_qc"]) == str(there.uns["cradle_qc"])
+    assert (here.X != there.X).sum() == (here.raw.X != there.raw.X).sum() == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.h5ad", "false.h5ad", "true.h5ad"}
+
+
 def test_zarr_stores_are_screens_too(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anndata on the version of the format
@@ -329,6 +346,7 @@ def test_quiet_prints_nothing(command, screen, trained, grid, tmp_path, capfd):
         "query": [trained, "--cells", screen, "--do", "artifact=0", "--out", tmp_path / "c.h5ad"],
         "effects": [trained, "--out", tmp_path / "e.h5ad", "--draws", 2],
         "report": [trained, "--out", tmp_path / "report.html", "--draws", 2],
+        "sweep": [screen, "--out", tmp_path / "sweep", "--vary", "model.n_latents=2", *TINY],
         "benchmark": ["--config", grid, "--out", tmp_path / "tables"],
         "demo": ["--out", tmp_path / "demo", "--smoke"],
     }[command]  # fmt: skip
@@ -511,6 +529,7 @@ def test_a_place_that_cannot_be_written(
         "query": [trained, "--cells", screen, "--do", "artifact=0", "--out", blocked / "a.h5ad"],
         "effects": [trained, "--out", blocked / "a.h5ad"],
         "report": [trained, "--out", blocked / "a.html"],
+        "sweep": [screen, "--out", blocked / "sweep", "--vary", "model.n_latents=2", *TINY],
         "benchmark": ["--config", grid, "--out", blocked / "tables"],
         "demo": ["--out", blocked / "demo", "--smoke"],
     }[command]
