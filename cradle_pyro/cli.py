@@ -336,19 +336,16 @@ def sweep(
 
     Example: cradle-pyro sweep annotated.h5ad --out sweeps/a --vary model.n_latents=8,16 --seeds 3
     """
-    from cradle_pyro.queries.progress import progress_bar
-    from cradle_pyro.sweeps import summary, sweep, trials_of, varied_from
+    from cradle_pyro.sweeps import summary, sweep, varied_from
 
     varied = varied_from(vary or [])
     console = _console(quiet)
-    n_trials = len(trials_of(varied, range(seeds)))
-    with progress_bar("Training", n_trials, show=not quiet) as advance:
-        table = sweep(
-            data, out, varied, _config(config, settings, {}), seeds=range(seeds), jobs=jobs,
-            advance=advance,
-        )  # fmt: skip
+    table = sweep(
+        data, out, varied, _config(config, settings, {}), seeds=range(seeds), jobs=jobs,
+        progress=not quiet,
+    )  # fmt: skip
     console.print(summary(table, list(varied)).to_string(float_format="{:.2f}".format))
-    console.print(f"Wrote {out}: sweep.csv, and {n_trials} run directories in runs.")
+    console.print(f"Wrote {out}: sweep.csv, and {len(table)} run directories in runs.")
     failed = table[table["failed"] != ""]
     if len(failed):
         errors = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from cradle_pyro.config import Config
 from cradle_pyro.data.fields import check_directory, read_screen, write_text_atomic
 from cradle_pyro.errors import ConfigError, CradleError, DataError
 from cradle_pyro.inference.objectives import COUNTERFACTUAL
+from cradle_pyro.queries.progress import progress_bar
 from cradle_pyro.workflow import train_run
 
 __all__ = ["Trial", "run_trial", "summary", "sweep", "trials_of", "varied_from"]
@@ -165,7 +166,7 @@ def sweep(
     *,
     seeds: Sequence[int] = (0,),
     jobs: int = 1,
-    advance: Callable[[], object] = lambda: None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Train all combinations of settings and seeds, `jobs` at a time; what is done is kept.
 
@@ -183,8 +184,8 @@ def sweep(
         Seeds of training; the split is that of `config`.
     jobs
         Runs at a time, each in a process that has its share of the cores.
-    advance
-        Called when a run ends.
+    progress
+        Show a progress bar.
 
     Returns
     -------
@@ -213,12 +214,13 @@ def sweep(
         delayed(_tried)(number, path, out / "runs" / trial.name, one)
         for number, (trial, one) in enumerate(zip(trials, configs, strict=True))
     )
-    for number, found in parallel(work):
-        trial = trials[number]
-        rows[number] = dict(trial.settings) | {"seed": trial.seed} | found
-        table = pd.DataFrame([rows[place] for place in sorted(rows)])
-        write_text_atomic(out / TABLE, table.to_csv(index=False))
-        advance()
+    with progress_bar("Training", len(trials), show=progress) as advance:
+        for number, found in parallel(work):
+            trial = trials[number]
+            rows[number] = dict(trial.settings) | {"seed": trial.seed} | found
+            table = pd.DataFrame([rows[place] for place in sorted(rows)])
+            write_text_atomic(out / TABLE, table.to_csv(index=False))
+            advance()
     return table
 
 
