@@ -41,6 +41,12 @@ def test_freed_memory_stays_with_the_process_only_inside_the_block(mode, least, 
 def test_another_c_library_is_left_alone(monkeypatch):
     from cradle_pyro.inference import allocation
 
-    monkeypatch.setattr(allocation.ctypes, "CDLL", lambda _: object())
+    called = []
+
+    class Library:
+        malloc_trim = called.append  # and no mallopt
+
+    monkeypatch.setattr(allocation.ctypes, "CDLL", lambda _: Library)
     with allocation.freed_memory_kept():
         pass
+    assert not called

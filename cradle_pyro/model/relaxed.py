@@ -242,7 +242,7 @@ class TiltedScaleMixture(TorchDistribution):
     @lazy_property
     def _posterior(self) -> _Posterior:
         with torch.no_grad():
-            return _posterior(self.prior, *torch.broadcast_tensors(self.loc, self.scale))
+            return _posterior(self.prior, self.loc, self.scale)
 
     @property
     def inclusion(self) -> Tensor:
@@ -335,7 +335,7 @@ class _Posterior(NamedTuple):
 
 def _posterior(prior: ScaleMixtureNormal, loc: Tensor, scale: Tensor) -> _Posterior:
     """Return the posterior given observations at `loc`, worked out a block at a time."""
-    shape = torch.broadcast_shapes(prior.batch_shape, loc.shape)
+    shape = torch.broadcast_shapes(prior.batch_shape, loc.shape, scale.shape)
     loc, scale = loc.expand(shape), scale.expand(shape)
     log_weights = _with_room(prior.log_weights.movedim(-1, 0), len(shape)).expand(-1, *shape)
     found = _Posterior(loc.new_empty(log_weights.shape), *(torch.empty_like(loc) for _ in range(3)))

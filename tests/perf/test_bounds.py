@@ -1,6 +1,6 @@
-"""What is promised of speed and memory, measured at full size: `pytest -m perf`, on quiet cores.
+"""What is wanted of speed and memory, measured at full size: `pytest -m perf`, on quiet cores.
 
-Every promise is a ratio of two figures of one run; `cradle-pyro benchmark speed` shows them all.
+Every bound is a ratio of two figures of one run; `cradle-pyro benchmark speed` shows them all.
 """
 
 from __future__ import annotations
