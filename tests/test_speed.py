@@ -55,6 +55,15 @@ def test_ratios_are_to_the_naive_step(figures, tmp_path):
     assert [cell.strip() for cell in row.split("|")][:2] == ["0.5", "12"]
 
 
+def test_no_share_of_memory_that_was_not_seen(figures, tmp_path):
+    """A step so small that the process does not grow has no ratio, and breaks nothing."""
+    changed = figures.copy()
+    changed.loc[changed["figure"] == "above the imports, GB", "value"] = 0.0
+    write_speed_report(changed, tmp_path)
+    (row,) = re.findall(r"\| partner term \|(.*)\|", (tmp_path / "speed.md").read_text())
+    assert [cell.strip() for cell in row.split("|")][-2:] == ["0", ""]
+
+
 def test_the_page_shows_every_case(figures, tmp_path):
     page = write_speed_report(figures, tmp_path)
     text = (tmp_path / "speed.md").read_text()

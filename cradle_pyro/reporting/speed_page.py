@@ -159,7 +159,7 @@ def _published(steps: pd.DataFrame) -> Table:
             _number(naive["step, s"] / step["step, s"]),
             _number(step["peak memory, GB"]),
             _number(step[above]),
-            _number(step[above] / naive[above]),
+            _number(step[above] / naive[above]) if naive[above] > 0 else "",
         ]
         for name, step in steps.iterrows()
     ]
