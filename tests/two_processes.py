@@ -35,7 +35,8 @@ class Gradients(L.Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         if not self.first:
             named = pl_module.named_parameters()
-            self.first = {n: p.grad.clone() for n, p in named if p.grad is not None}
+            found = {n: p.grad.clone() for n, p in named if p.grad is not None}
+            self.first = {n: g.to_dense() if g.is_sparse else g for n, g in found.items()}
 
 
 def main() -> None:

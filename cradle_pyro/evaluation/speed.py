@@ -26,7 +26,6 @@ import pandas as pd
 import pyro
 import scipy.sparse as sp
 import torch
-from torch import nn
 
 from cradle_pyro import sites
 from cradle_pyro.config import Config
@@ -46,6 +45,7 @@ from cradle_pyro.evaluation.naive import (
 from cradle_pyro.inference.allocation import freed_memory_kept
 from cradle_pyro.inference.batches import Carriers
 from cradle_pyro.inference.objectives import COUNTERFACTUAL, CradleELBO, FlipPool
+from cradle_pyro.inference.optimizer import clip_gradients, make_optimizer
 from cradle_pyro.inference.pair import build_pair
 from cradle_pyro.inference.train import FEW_EFFECTS, fit
 from cradle_pyro.queries.counterfactual import write_counterfactual
@@ -222,15 +222,14 @@ def training_step(config: Config, sizes: NaiveSettings) -> Callable[[], float]:
         counts=screen.partner, artifact=1 - batch.artifact, library=screen.partner.sum(-1)
     )
     batch = batch.replace(partner=partner, partner_rows=torch.arange(sizes.n_cells))
-    if sizes.n_perturbations > FEW_EFFECTS:
+    by_row = sizes.n_perturbations > FEW_EFFECTS
+    if by_row:
         cells = torch.full((sizes.n_perturbations,), 10.0)
         carriers = Carriers(statistics_.combinations, cells, statistics_.n_cells)
         batch = batch.replace(carried=carriers.carried(batch.perturbation))
     objective = CradleELBO(config.objective, pool)
-    parameters = list(
-        dict.fromkeys([*model.parameters(), *guide.parameters()])
-    )  # a prior is shared
-    optimizer = torch.optim.AdamW(parameters, lr=3e-4, weight_decay=1e-6, fused=True)
+    optimizer = make_optimizer(model, guide, config.train, by_row=by_row)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step() -> float:
         optimizer.zero_grad()
@@ -238,7 +237,7 @@ def training_step(config: Config, sizes: NaiveSettings) -> Callable[[], float]:
         with pyro.validation_enabled(is_validate=False):
             loss = torch.stack(list(objective.terms(model, guide, batch).values())).sum()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, config.train.gradient_clip)
+        clip_gradients(parameters, config.train.gradient_clip)
         optimizer.step()
         return loss.item()
 

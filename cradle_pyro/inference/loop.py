@@ -36,6 +36,7 @@ from cradle_pyro.errors import TrainingError
 from cradle_pyro.inference.batches import set_epoch
 from cradle_pyro.inference.checkpoint import SafeCheckpointIO, read_checkpoint
 from cradle_pyro.inference.objectives import CradleELBO
+from cradle_pyro.inference.optimizer import clip_gradients, make_optimizer
 from cradle_pyro.seeding import seeded
 from cradle_pyro.types import Batch
 
@@ -53,7 +54,6 @@ PRIOR = "prior"
 """Term of the training loss: minus the log-prior of the model's parameters, nats per cell."""
 
 _TRAIN, _VALIDATION = "train", "val"
-_MATRIX = 2  # dimensions of a weight matrix
 # What Lightning remarks on although it is as intended, or its own affair.
 _NOTES = (
     ".*does not have many workers.*",
@@ -77,16 +77,25 @@ class TrainingLoop(L.LightningModule):
         Gives the named terms of the loss in nats per cell.
     config
         Optimiser, schedule and seed.
+    by_row
+        Batches carry their effects (``Batch.carried``); a step moves these only.
     """
 
     def __init__(
-        self, model: nn.Module, guide: nn.Module, objective: CradleELBO, config: TrainConfig
+        self,
+        model: nn.Module,
+        guide: nn.Module,
+        objective: CradleELBO,
+        config: TrainConfig,
+        *,
+        by_row: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.guide = guide
         self.objective = objective
         self.config = config
+        self.by_row = by_row
         self.sums: dict[str, dict[str, Tensor]] = {_TRAIN: {}, _VALIDATION: {}}
         self.sizes = dict.fromkeys(self.sums, 0)
 
@@ -125,35 +134,8 @@ class TrainingLoop(L.LightningModule):
         self.log("val_loss", sum(self.means(_VALIDATION).values()), prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW and the schedule; parameters fall into three groups.
-
-        Free parameters of the global guide learn at their own rate. Only weight matrices without a
-        prior of their own decay, decoupled from the gradient (Loshchilov and Hutter 2019, Decoupled
-        Weight Decay Regularization).
-        """
-        config = self.config
-        own_prior = {id(p) for p in getattr(self.model, "parameters_with_prior", list)()}
-        fast = {id(p) for p in getattr(self.guide, "global_parameters", list)()}
-        slow = [p for p in self.parameters() if id(p) not in fast]
-
-        def decays(parameter: nn.Parameter) -> bool:
-            return parameter.dim() >= _MATRIX and id(parameter) not in own_prior
-
-        groups: list[dict[str, Any]] = [
-            {
-                "params": [p for p in slow if decays(p)],
-                "lr": config.learning_rate,
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [p for p in slow if not decays(p)], "lr": config.learning_rate},
-            {
-                "params": [p for p in self.parameters() if id(p) in fast],
-                "lr": config.effect_learning_rate,
-            },
-        ]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], weight_decay=0.0, fused=True
-        )
+        """Return the optimiser (:func:`~cradle_pyro.inference.optimizer.make_optimizer`)."""
+        optimizer = make_optimizer(self.model, self.guide, self.config, by_row=self.by_row)
         if self.config.schedule == "constant":
             return {"optimizer": optimizer}
         total = max(int(self.trainer.estimated_stepping_batches), 1)
@@ -162,6 +144,15 @@ class TrainingLoop(L.LightningModule):
             lambda step: 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(step / total, 1))),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Scale the gradients to a total norm of at most ``train.gradient_clip``."""
+        clip_gradients(self.parameters(), self.config.gradient_clip)
 
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
@@ -379,7 +370,6 @@ def make_trainer(
         strategy=DDPStrategy(find_unused_parameters=True) if is_shared else "auto",
         precision=config.precision,
         max_epochs=config.max_epochs,
-        gradient_clip_val=config.gradient_clip,
         callbacks=extra,
         plugins=[SafeCheckpointIO()],
         logger=False,

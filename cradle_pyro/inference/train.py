@@ -229,7 +229,8 @@ def _train_pair(
         directory = Path(checkpoint_dir)
         stack.enter_context(seeded(config.train.seed))
         stack.enter_context(quiet_lightning())
-        loop = TrainingLoop(model, guide, objective, config.train)
+        by_row = carriers is not None
+        loop = TrainingLoop(model, guide, objective, config.train, by_row=by_row)
         resume_from = last_checkpoint(directory, loop.state_dict()) if resume else None
         history = History()
         validate = bool((np.asarray(data.split) == "val").any())

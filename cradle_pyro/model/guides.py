@@ -23,7 +23,7 @@ from .cradle import (
     gate,
     of_rows,
 )
-from .networks import CellEncoder, GaussianHead, MeanFieldNormal, ResidualMLP
+from .networks import CellEncoder, GaussianHead, MeanFieldNormal, ResidualMLP, rows_of
 from .relaxed import StraightThroughBernoulli, TiltedScaleMixture
 
 __all__ = ["CradleGuide"]
@@ -85,7 +85,7 @@ class TiltedPrior(nn.Module):
 
     def forward(self, rows: Tensor | None = None) -> TiltedScaleMixture:
         """Return the posterior, of the effects at `rows` if given; batch shape (effects, genes)."""
-        loc, error = (_taken(value, rows) for value in (self.standard_loc, self.error))
+        loc, error = rows_of(self.standard_loc, rows), _taken(self.error, rows)
         return TiltedScaleMixture(of_rows(self.prior, rows), loc * error, error)
 
 
@@ -213,6 +213,13 @@ class CradleGuide(nn.Module):
                  self.artifact_risk, self.depth_shift)  # fmt: skip
         parameters = [p for part in parts if part is not None for p in part.parameters()]
         return parameters if self.mask_logits is None else [self.mask_logits, *parameters]
+
+    def row_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters with a row for each effect, of which a batch may carry few."""
+        parts = [self.gene_effect, self.interaction]
+        if isinstance(self.effect, FreeEffect):
+            parts.append(self.effect.normal)
+        return [p for part in parts if part is not None for p in part.parameters(recurse=False)]
 
     def start_effects(self, effects: EffectStart) -> None:
         """Set the direct effects' observations to estimates from the training cells."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from cradle_pyro.config import NetworkConfig
 
-__all__ = ["CellEncoder", "Decoder", "GaussianHead", "MeanFieldNormal", "ResidualMLP"]
+__all__ = ["CellEncoder", "Decoder", "GaussianHead", "MeanFieldNormal", "ResidualMLP", "rows_of"]
 
 _SMALLEST_SCALE = 1e-4
 
@@ -132,9 +132,7 @@ class MeanFieldNormal(nn.Module):
 
     def forward(self, rows: Tensor | None = None) -> dist.Normal:
         """Return the Normal, batch shape as constructed, or of `rows` of the first dimension."""
-        loc, raw_scale = (
-            value if rows is None else value[rows] for value in (self.loc, self.raw_scale)
-        )
+        loc, raw_scale = (rows_of(value, rows) for value in (self.loc, self.raw_scale))
         return dist.Normal(loc, functional.softplus(raw_scale) + _SMALLEST_SCALE)
 
 
@@ -179,6 +177,17 @@ class Decoder(nn.Module):
         for value, weight in zip(inputs[1:], weights[1:], strict=True):
             logits = logits + functional.linear(value, weight)
         return logits
+
+
+def rows_of(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Return `values`, or those at `rows` with a sparse gradient.
+
+    The gradient is dense where several processes train, which exchange dense ones only.
+    """
+    if rows is None:
+        return values
+    is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return functional.embedding(rows, values, sparse=not is_shared)
 
 
 def inverse_softplus(value: float) -> float:
