@@ -247,12 +247,14 @@ class TrainConfig(_Component):
     """Optimisation; everything here is passed to Lightning or to AdamW.
 
     `batch_size` is that of each process: there is one for each of the `devices` of each of the
-    `nodes`. Cells are shuffled in blocks of `shuffle_block` neighbours: one by one if counts are in
-    memory, and 32 on disk, unless it says otherwise. See :doc:`/devices`.
+    `nodes`. A step adds up the gradients of `accumulate` batches: as good as one batch of so many
+    cells, in less memory. Cells are shuffled in blocks of `shuffle_block` neighbours: one by one
+    if counts are in memory, and 32 on disk, unless it says otherwise. See :doc:`/devices`.
     """
 
     max_epochs: PositiveInt = 60
     batch_size: PositiveInt = 128
+    accumulate: PositiveInt = 1
     learning_rate: PositiveFloat = 5e-3
     effect_learning_rate: PositiveFloat = 1e-2
     weight_decay: NonNegativeFloat = 0.3

@@ -12,9 +12,11 @@ import pytest
 import torch
 from scipy import sparse
 from tiny import N_CELLS, N_GENES, make_config, make_data, make_fit, make_screen, parameters
+from two_processes import Gradients, LocalMeans
 
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.errors import CheckpointError, ConfigError, DataError, TrainingError
+from cradle_pyro.inference import loop
 from cradle_pyro.inference.batches import EpochBatches
 from cradle_pyro.inference.loop import PRIOR
 from cradle_pyro.inference.train import fit
@@ -188,6 +190,44 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, counterfactual):
     assert resumed.history["epoch"].tolist() == [0, 1, 2]
     np.testing.assert_array_equal(resumed.history, whole.history)
     assert parameters(resumed) == parameters(whole)
+
+
+def test_a_resumed_run_whose_steps_have_several_batches_equals_an_uninterrupted_one(tmp_path):
+    settings = ["train.max_epochs=3", "train.batch_size=30", "train.accumulate=2"]
+    whole = make_fit(*settings)
+
+    def stop(_):
+        raise Interrupted
+
+    with pytest.raises(Interrupted):
+        make_fit(*settings, checkpoint_dir=tmp_path, callbacks=[At(5, stop)])
+    assert parameters(make_fit(*settings, checkpoint_dir=tmp_path, resume=True)) == parameters(
+        whole
+    )
+    assert whole.history["step"].tolist() == [2, 4, 6]  # 115 cells: 30 and 30, 30 and 25
+
+
+def test_batches_of_a_step_are_as_good_as_a_larger_one(monkeypatch):
+    """With the same draws of the globals and the means of the latents, to the last digits."""
+    monkeypatch.setattr(loop, "_seed", lambda *_: 0)
+    found = []
+    for settings in (["train.batch_size=20", "train.accumulate=2"], ["train.batch_size=40"]):
+        gradients = Gradients()
+        with LocalMeans():
+            make_fit(*settings, "objective.counterfactual=none", callbacks=[gradients])
+        found.append(gradients.first)
+    several, one = found
+    assert several.keys() == one.keys()
+    for name, expected in one.items():
+        torch.testing.assert_close(several[name], expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_batches_of_a_step_have_noise_of_their_own(monkeypatch):
+    seeds = []
+    seed = loop._seed
+    monkeypatch.setattr(loop, "_seed", lambda *key: seeds.append(seed(*key)) or seeds[-1])
+    make_fit("train.batch_size=20", "train.accumulate=3", "train.max_epochs=2")
+    assert len(seeds) == len(set(seeds)) == 12  # six batches an epoch
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):

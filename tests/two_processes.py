@@ -27,7 +27,7 @@ class LocalMeans(Messenger):
 
 
 class Gradients(L.Callback):
-    """Keeps the gradients of the first step, clipped as the optimiser sees them."""
+    """Keeps the gradients of the first step, before they are clipped."""
 
     def __init__(self) -> None:
         self.first: dict[str, torch.Tensor] = {}

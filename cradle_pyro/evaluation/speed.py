@@ -85,10 +85,12 @@ _PUBLISHED_SIZES: Final = (
     "guide.effect_encoder={hidden=400, layers=4}",
     "train.batch_size=512",
 )
+_TWO_PARTS: Final = ("train.batch_size=256", "train.accumulate=2")
 _NO_TERM: Final = ("objective.counterfactual=none",)
 _SLEEP: Final = ("objective.counterfactual=sleep", "objective.beta=1.0")
 _VARIANTS: Final[dict[str, tuple[str, ...]]] = {
     "partner term": (),
+    "partner term, in two parts": _TWO_PARTS,
     "no counterfactual term": _NO_TERM,
     "generation": _SLEEP,
 }
@@ -193,7 +195,8 @@ def training_step(config: Config, sizes: NaiveSettings) -> Callable[[], float]:
     Parameters
     ----------
     config
-        Sections model, guide, objective, and the optimiser's settings.
+        Sections model, guide, objective, and the optimiser's settings; the batch is gone through
+        in ``train.accumulate`` parts.
     sizes
         Cells, genes and perturbations.
     """
@@ -221,27 +224,39 @@ def training_step(config: Config, sizes: NaiveSettings) -> Callable[[], float]:
     partner = batch.replace(
         counts=screen.partner, artifact=1 - batch.artifact, library=screen.partner.sum(-1)
     )
-    batch = batch.replace(partner=partner, partner_rows=torch.arange(sizes.n_cells))
+    parts = _parts(batch, partner, config.train.accumulate)
     by_row = sizes.n_perturbations > FEW_EFFECTS
     if by_row:
         cells = torch.full((sizes.n_perturbations,), 10.0)
         carriers = Carriers(statistics_.combinations, cells, statistics_.n_cells)
-        batch = batch.replace(carried=carriers.carried(batch.perturbation))
+        parts = [part.replace(carried=carriers.carried(part.perturbation)) for part in parts]
     objective = CradleELBO(config.objective, pool)
     optimizer = make_optimizer(model, guide, config.train, by_row=by_row)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step() -> float:
         optimizer.zero_grad()
-        # As in all steps of training but the first.
-        with pyro.validation_enabled(is_validate=False):
-            loss = torch.stack(list(objective.terms(model, guide, batch).values())).sum()
-        loss.backward()
+        total = 0.0
+        for part in parts:
+            # As in all steps of training but the first.
+            with pyro.validation_enabled(is_validate=False):
+                loss = torch.stack(list(objective.terms(model, guide, part).values())).sum()
+            (loss / len(parts)).backward()
+            total += loss.item() / len(parts)
         clip_gradients(parameters, config.train.gradient_clip)
         optimizer.step()
-        return loss.item()
+        return total
 
     return step
+
+
+def _parts(batch: Batch, partner: Batch, n_parts: int) -> list[Batch]:
+    """Return parts of a batch, in which every cell has a partner."""
+    found = []
+    for rows in torch.arange(len(batch)).chunk(n_parts):
+        mates, places = partner.take(rows), torch.arange(len(rows))
+        found.append(batch.take(rows).replace(partner=mates, partner_rows=places))
+    return found
 
 
 def _statistics(batch: Batch) -> Statistics:

@@ -100,14 +100,15 @@ class TrainingLoop(L.LightningModule):
         self.sizes = dict.fromkeys(self.sums, 0)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        """Return the loss in nats per cell, with noise that depends on seed, step and rank only.
+        """Return the loss in nats per cell, with noise that depends on seed, batch and rank only.
 
         So a resumed run repeats an uninterrupted one, whatever drew random numbers in between. Of
         several processes each counts as many cells as it has: the mean of their gradients is that
         of the whole batch.
         """
-        torch.manual_seed(_seed(self.config.seed, self.global_step, 0))
-        loss = self._step(batch, _TRAIN, self.global_step)
+        number = self.current_epoch * int(self.trainer.num_training_batches) + index
+        torch.manual_seed(_seed(self.config.seed, number, 0))
+        loss = self._step(batch, _TRAIN, number)
         if self.trainer.world_size == 1:
             return loss
         size = loss.new_tensor(float(len(batch)))
@@ -370,6 +371,7 @@ def make_trainer(
         strategy=DDPStrategy(find_unused_parameters=True) if is_shared else "auto",
         precision=config.precision,
         max_epochs=config.max_epochs,
+        accumulate_grad_batches=config.accumulate,
         callbacks=extra,
         plugins=[SafeCheckpointIO()],
         logger=False,

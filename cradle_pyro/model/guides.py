@@ -110,10 +110,14 @@ class ExpressionInput(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the input, shape (cells, genes + 1)."""
-        values = torch.log1p(batch.counts) if self.take_log else batch.counts.clone()
-        library = (batch.library.log() - self.log_library_mean) / self.log_library_sd
-        expression = values.sub_(self.log_mean).div_(self.log_sd).clamp_(-10, 10)
-        return torch.cat([expression, library.unsqueeze(-1)], -1)
+        n_cells, n_genes = batch.counts.shape
+        found = batch.counts.new_empty(n_cells, n_genes + 1)
+        values = found[:, :-1].copy_(batch.counts)
+        if self.take_log:
+            values.log1p_()
+        values.sub_(self.log_mean).div_(self.log_sd).clamp_(-10, 10)
+        found[:, -1] = (batch.library.log() - self.log_library_mean) / self.log_library_sd
+        return found
 
 
 def response_summary(expression: Tensor, log_fold_change: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ _PUBLISHED = (
     "One optimiser step of the published size: 512 cells, 5,000 genes, 105 perturbations, 200 "
     "latents, 5 particles. naive: the published step written from its description, both branches "
     "decoded and sampled. The others are this package's step of the published settings, with the "
-    "partner term, without a counterfactual term, and with generated cells in its place."
+    "partner term (at once, and in two parts whose gradients add up: train.accumulate), without a "
+    "counterfactual term, and with generated cells in its place."
 )
 _DEFAULT = (
     "One step of the default settings with 128 cells; default / no term is what generation costs."
