@@ -230,6 +230,19 @@ def test_batches_of_a_step_have_noise_of_their_own(monkeypatch):
     assert len(seeds) == len(set(seeds)) == 12  # six batches an epoch
 
 
+def test_half_precision_costs_little_of_the_loss():
+    """Networks run in bfloat16; likelihoods, divergences and parameters stay in single precision."""
+    settings = ["train.max_epochs=4", "objective.counterfactual=none"]
+    single, half = (
+        make_fit(*settings, f"train.precision={precision}").history
+        for precision in ("32-true", "bf16-mixed")
+    )
+    assert (half["val_loss"] != single["val_loss"]).all()
+    np.testing.assert_allclose(half["val_loss"], single["val_loss"], rtol=1e-3)
+    for name in ("val_gene_effect", "val_effect_mask", "val_artifact_effect"):
+        np.testing.assert_allclose(half[name], single[name], rtol=0.02, atol=1e-3)
+
+
 def test_a_finished_run_resumes_to_itself(tmp_path):
     whole = make_fit(checkpoint_dir=tmp_path)
     again = make_fit(checkpoint_dir=tmp_path, resume=True)

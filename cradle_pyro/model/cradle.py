@@ -206,7 +206,15 @@ class Cradle(nn.Module):
         return self.config.depth_shift and self.schema.n_artifacts > 0
 
     def forward(self, batch: Batch) -> Tensor:
-        """Sample (or score) the cells of `batch`; return counts, shape (cells, genes)."""
+        """Sample (or score) the cells of `batch`; return counts, shape (cells, genes).
+
+        In single precision, or better, even where the guide runs in half: a rounded logit of a
+        gene with many counts would cost the loss most of a nat.
+        """
+        with torch.autocast(batch.counts.device.type, enabled=False):
+            return self._cells(batch)
+
+    def _cells(self, batch: Batch) -> Tensor:
         # Equations of edited models need not know of it: their batches carry everything.
         carried = () if batch.carried is None else (batch.carried,)
         effect, gene_effect = self.perturbation_effects(*carried)

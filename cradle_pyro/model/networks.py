@@ -90,9 +90,11 @@ class GaussianHead(nn.Module):
         nn.init.constant_(self.raw_scale.bias, inverse_softplus(initial_scale))
 
     def forward(self, hidden: Tensor) -> dist.Normal:
-        """Return the Normal, batch shape (..., outputs)."""
-        scale = functional.softplus(self.raw_scale(hidden)) + _SMALLEST_SCALE
-        return dist.Normal(self.loc(hidden), scale)
+        """Return the Normal, batch shape (..., outputs), in the precision of the parameters."""
+        loc, raw_scale = (
+            layer(hidden).to(layer.weight.dtype) for layer in (self.loc, self.raw_scale)
+        )
+        return dist.Normal(loc, functional.softplus(raw_scale) + _SMALLEST_SCALE)
 
 
 class CellEncoder(nn.Module):
