@@ -231,7 +231,7 @@ def test_batches_of_a_step_have_noise_of_their_own(monkeypatch):
 
 
 def test_half_precision_costs_little_of_the_loss():
-    """Networks run in bfloat16; likelihoods, divergences and parameters stay in single precision."""
+    """Encoders run in bfloat16, all else in single precision."""
     settings = ["train.max_epochs=4", "objective.counterfactual=none"]
     single, half = (
         make_fit(*settings, f"train.precision={precision}").history
