@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cradle_pyro.data.fields import write_text_atomic
-from cradle_pyro.evaluation.speed import NAIVE
+from cradle_pyro.evaluation.timings import NAIVE
 from cradle_pyro.reporting.blocks import (
     Block,
     Figures,
