@@ -52,6 +52,30 @@ SCENARIOS = {
     "half": "pairs_0.5",
     "effects half as large": "small_effects",
 }
+ABLATIONS = {
+    "nothing": "cradle",
+    "no direct effects on genes": "no_gene_effect",
+    "no effects on latents": "no_latent_effect",
+    "mean-field guide": "mean_field",
+    "decoder sees all three states apart (concat)": "combine_concat",
+    "decoder sees their sum": "combine_sum",
+    "hidden layers in the decoder": "hidden_layers",
+    "the same, no linear path": "no_linear_path",
+    "flags not used": "flags_none",
+    "one flag for all artifacts": "flags_any",
+    "no artifact latents": "no_artifact_latent",
+    "no artifact risk": "no_artifact_risk",
+    "no shift of depth": "no_depth_shift",
+    "no counterfactual term": "counterfactual_none",
+    "KL term": "counterfactual_kl",
+    "partner term": "counterfactual_partner",
+    "β = 0.3": "beta_0.3",
+    "β = 3": "beta_3",
+    "mask prior 0.1 for 0.01": "mask_0.1",
+    "8 latents for 16": "latents_8",
+    "32 latents": "latents_32",
+    "5 particles for 1": "particles_5",
+}
 SHOWN = ("cradle", "cradle_passing", "glm_all")
 CORRUPTED = "papalexi_corrupted"
 _RULE = "---:|"
@@ -101,8 +125,8 @@ def scenario_table() -> list[str]:
 
 def ablation_table() -> list[str]:
     """Return every variant's truth, density and leakage on the simulated screen, and Papalexi's."""
-    scores = read("ablations").set_index(["screen", "reference", "labels", "metric", "predictor"])
-    values = scores["value"]
+    places = ["screen", "reference", "labels", "metric", "predictor"]
+    values = read("ablations").set_index(places)["value"].sort_index()
     columns = {
         "seen": ("default", "truth", "seen", "ate_rho"),
         "held-out pairs": ("default", "truth", "held_out", "ate_rho"),
@@ -112,10 +136,11 @@ def ablation_table() -> list[str]:
         "density, Papalexi": ("papalexi", "model", "all", "iwelbo_val"),
     }
     table = pd.DataFrame({name: values.loc[place] for name, place in columns.items()})
-    lines = [f"| variant | {' | '.join(columns)} |", "|---|" + _RULE * len(columns)]
-    for variant, row in table.iterrows():
+    lines = [f"| changed | {' | '.join(columns)} |", "|---|" + _RULE * len(columns)]
+    for change, variant in ABLATIONS.items():
+        row = table.loc[variant]
         cells = [f"{v:.1f}" if "density" in name else f"{v:.3f}" for name, v in row.items()]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
+        lines.append(f"| {change} | {' | '.join(cells).replace('-', '−')} |")
     return lines
 
 
