@@ -521,13 +521,18 @@ def _qc_scores(qc: GeneratedQC) -> dict[str, float]:
 def _leakage(
     posterior: Posterior, test: CellData, failing: np.ndarray, options: EvaluationConfig
 ) -> dict[str, float]:
-    """Return AUROCs of draws of z_basal, 0.5 being none, with standard errors; and its spread."""
+    """Return AUROCs of draws of z_basal, 0.5 being none, with standard errors; and its spread.
+
+    AUROCs of its means have names of their own.
+    """
     found: dict[str, float] = {}
     units, leakage = latent_diagnostics(posterior, test, seed=options.seed)
-    drawn = leakage[(leakage["source"] == "draws")]
-    for _, row in drawn[drawn["target"].isin(["artifact", "perturbation"])].iterrows():
+    for _, row in leakage[leakage["target"].isin(["artifact", "perturbation"])].iterrows():
         name = f"leakage_{row['target']}_{row['method']}"
-        found |= {name: float(row["auroc"]), f"{name}_se": float(row["se"])}
+        if row["source"] == "means":
+            found[f"{name}_means"] = float(row["auroc"])
+        else:
+            found |= {name: float(row["auroc"]), f"{name}_se": float(row["se"])}
     if not posterior.schema.artifacts:
         found |= _leakage_unknown(posterior, test, failing, options)
     found["basal_sd"] = float(units["mean_sd"].mean())

@@ -61,6 +61,7 @@ _CHECKS: dict[str, dict[str, str]] = {
         "leakage_perturbation_knn": "perturbation, neighbours",
         "leakage_perturbation_logistic": "perturbation, logistic",
         "leakage_artifact_knn_se": "se of the first",
+        "leakage_artifact_knn_means": "the first from means",
     },
     "Cells generated without artifact (ceiling: real training cells that pass): share that passes "
     "QC, and distance to passing test cells": {

@@ -11,6 +11,8 @@ benchmark; a mean over seeds.
 - *true states*: 16 principal components of the true log control profile, scaled to unit variance.
 - *and sampling error*: the same; those of failing cells shifted by one Normal error of variance
   1 / (failing training cells) per component, mean of eight such errors.
+- *draws*, *means*, *sd*: of a model trained anew with seed 0, from draws and from posterior means,
+  and the mean posterior standard deviation.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 
+from cradle_pyro.evaluation.criticism import latent_diagnostics
 from cradle_pyro.evaluation.grid_file import read_benchmark
 from cradle_pyro.evaluation.screens import build_screen
 from cradle_pyro.evaluation.soundness import out_of_fold
+from cradle_pyro.inference.train import fit
 
 HERE = Path(__file__).parent
 GRID = HERE.parent.parent / "configs" / "benchmarks" / "main.toml"
@@ -62,21 +66,36 @@ def floors(name: str, seed: int) -> tuple[float, float]:
     return auroc(states, failing, seed), float(np.mean(with_error))
 
 
+def of_means(name: str) -> tuple[float, float, float]:
+    """Return the AUROC from draws and from means, and the mean posterior sd, of one model."""
+    benchmark = read_benchmark(GRID)
+    screen = next(screen for screen in benchmark.screens if screen.name == name)
+    data = build_screen(benchmark, screen, screen.splits[0], 0).data
+    posterior = fit(data, benchmark.screen_config(screen, screen.splits[0], 0), progress=False)
+    units, table = latent_diagnostics(posterior, data.where(split="test"), seed=0)
+    chosen = table[(table["target"] == "artifact") & (table["method"] == "knn")]
+    by_source = chosen.set_index("source")["auroc"]
+    return by_source["draws"], by_source["means"], float(units["mean_sd"].mean())
+
+
 def main() -> None:
     """Print one line for each screen."""
     scores = pd.read_csv(HERE / "main" / "scores.csv")
     found = scores[(scores["predictor"] == "cradle") & (scores["metric"] == METRIC)]
     out = sys.stdout.write
-    out("| screen | model, mean (range) | true states | and sampling error |\n")
-    out("|---|---:|---:|---:|\n")
+    head = "screen", "model, mean (range)", "true states", "and sampling error"
+    out(f"| {' | '.join([*head, 'draws', 'means', 'sd'])} |\n|---|---:|---:|---:|---:|---:|---:|\n")
     for name, rows in found.groupby("screen", sort=False):
         by_seed = rows.groupby("seed")["value"].mean()
         out(f"| {name} | {by_seed.mean():.3f} ({by_seed.min():.3f} to {by_seed.max():.3f}) ")
         if name in SIMULATED:
             true, error = np.mean([floors(str(name), int(seed)) for seed in by_seed.index], axis=0)
-            out(f"| {true:.3f} | {error:.3f} |\n")
+            out(f"| {true:.3f} | {error:.3f} ")
         else:
-            out("| | |\n")
+            out("| | ")
+        drawn, mean, sd = of_means(str(name))
+        out(f"| {drawn:.3f} | {mean:.3f} | {sd:.2f} |\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
