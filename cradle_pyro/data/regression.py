@@ -49,6 +49,9 @@ _ENTRIES_AT_A_TIME = 4_000_000
 _LARGEST_STEP = 2.0
 _QUADRATIC_STEP = 1.0
 _INVERSE_DISPERSION_RANGE = (1e-2, 1e4)
+_TOLERANCE = 1e-6
+_MOST_ITERATIONS = 200
+_TINY = 1e-300
 
 
 class SparseEffects(NamedTuple):
@@ -113,7 +116,9 @@ class Quadratic(NamedTuple):
     inverse_dispersion: np.ndarray
 
 
-def fit_negative_binomial(cells: CellData, design: sparse.csr_array, sd: np.ndarray) -> Quadratic:
+def fit_negative_binomial(
+    cells: CellData, design: sparse.csr_array, sd: np.ndarray, *, n_nuisance: int = 1
+) -> Quadratic:
     """Return each gene's regression, fitted by Fisher scoring under a Normal prior.
 
     Parameters
@@ -125,6 +130,8 @@ def fit_negative_binomial(cells: CellData, design: sparse.csr_array, sd: np.ndar
     sd
         Standard deviation of each coefficient's prior, nats, shape (columns,). That of the
         intercept is around the log of the overall fraction of the gene, others around zero.
+    n_nuisance
+        Columns, the first ones, that share cells with most others.
 
     Notes
     -----
@@ -136,9 +143,9 @@ def fit_negative_binomial(cells: CellData, design: sparse.csr_array, sd: np.ndar
     counts = sparse.csc_array(cells.rows(slice(None)), dtype=np.float64)
     rows, member = _distinct_rows(design)
     pairs, products = _column_pairs(rows)
-    width = max(min(_ENTRIES_AT_A_TIME // len(library), 40_000_000 // design.shape[1] ** 2), 1)
+    width = max(_ENTRIES_AT_A_TIME // max(len(library), len(pairs)), 1)
     blocks = [slice(start, start + width) for start in range(0, counts.shape[1], width)]
-    solver = _Solver(rows, member, pairs, products, library, 1.0 / sd**2)
+    solver = _Solver(rows, member, pairs, products, library, 1.0 / sd**2, n_nuisance)
     typical = np.nan
     # A first pass over a few genes says what dispersions are like.
     some = np.linspace(0, counts.shape[1] - 1, min(counts.shape[1], 100)).astype(int)
@@ -160,6 +167,7 @@ class _Solver(NamedTuple):
     products: sparse.csr_array  # (pairs, rows)
     library: np.ndarray
     precision: np.ndarray
+    n_nuisance: int
 
     def fit(
         self, counts: np.ndarray, typical: float, *, n_rounds: int = 3, n_steps: int = 8
@@ -197,13 +205,98 @@ class _Solver(NamedTuple):
         return score, self.products @ (self.member @ (mean * shrink))
 
     def _solve(self, information: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        n_columns, n_genes = gradient.shape
-        matrix = np.zeros((n_genes, n_columns, n_columns))
-        first, second = self.pairs.T
-        matrix[:, first, second] = information.T
-        matrix[:, second, first] = information.T
-        matrix[:, np.arange(n_columns), np.arange(n_columns)] += self.precision
-        return np.linalg.solve(matrix, gradient.T[..., None])[..., 0].T
+        """Return the step of every gene, by conjugate gradients; both (columns, genes).
+
+        Effects of different perturbations meet in cells that carry both, and through the nuisance
+        coefficients, the first columns. Without the former the matrix is inverted directly, so
+        that screens of single perturbations need no iteration. Nothing is ever (columns, columns).
+        """
+        arrow = _Arrow.of(self.pairs, information, self.precision, self.n_nuisance)
+        step = arrow.solve(gradient)
+        if not len(arrow.beyond):
+            return step
+        residual = gradient - arrow.times(step)
+        direction = preconditioned = arrow.solve(residual)
+        product = (residual * preconditioned).sum(axis=0)
+        least = _TOLERANCE**2 * (gradient * step).sum(axis=0)
+        for _ in range(_MOST_ITERATIONS):
+            if (product <= least).all():
+                break
+            curved = arrow.times(direction)
+            length = product / np.maximum((direction * curved).sum(axis=0), _TINY)
+            step = step + length * direction
+            residual = residual - length * curved
+            preconditioned = arrow.solve(residual)
+            before, product = product, (residual * preconditioned).sum(axis=0)
+            direction = preconditioned + product / np.maximum(before, _TINY) * direction
+        return step
+
+
+class _Arrow(NamedTuple):
+    """Information and prior precision of every gene, by blocks; symmetric, positive definite."""
+
+    nuisance: np.ndarray  # (genes, nuisance, nuisance)
+    cross: np.ndarray  # (nuisance, effects, genes)
+    diagonal: np.ndarray  # (effects, genes)
+    bound: np.ndarray  # the diagonal and what is beyond it, (effects, genes)
+    beyond: np.ndarray  # information of pairs of different effects, (pairs, genes)
+    first: sparse.csr_array  # (effects, pairs)
+    second: sparse.csr_array
+    schur: np.ndarray  # inverse of what effects leave of `nuisance`, (genes, nuisance, nuisance)
+
+    @classmethod
+    def of(
+        cls, pairs: np.ndarray, information: np.ndarray, precision: np.ndarray, n_nuisance: int
+    ) -> _Arrow:
+        n_columns, n_genes = len(precision), information.shape[1]
+        n_effects = n_columns - n_nuisance
+        first, second = pairs.T
+        within = second < n_nuisance
+        nuisance = np.zeros((n_genes, n_nuisance, n_nuisance))
+        nuisance[:, first[within], second[within]] = information[within].T
+        nuisance[:, second[within], first[within]] = information[within].T
+        nuisance[:, np.arange(n_nuisance), np.arange(n_nuisance)] += precision[:n_nuisance]
+        across = (first < n_nuisance) & ~within
+        cross = np.zeros((n_nuisance, n_effects, n_genes))
+        cross[first[across], second[across] - n_nuisance] = information[across]
+        own = (first == second) & ~within
+        diagonal = np.zeros((n_effects, n_genes))
+        diagonal[second[own] - n_nuisance] = information[own]
+        diagonal += precision[n_nuisance:, None]
+        rest = (first != second) & (first >= n_nuisance)
+        at = [
+            sparse.csr_array(
+                (np.ones(rest.sum()), (which[rest] - n_nuisance, np.arange(rest.sum()))),
+                shape=(n_effects, rest.sum()),
+            )
+            for which in (first, second)
+        ]
+        beyond = information[rest]
+        # At least the matrix, and so positive definite: the difference is diagonally dominant.
+        bound = diagonal + at[0] @ np.abs(beyond) + at[1] @ np.abs(beyond)
+        schur = np.linalg.inv(nuisance - np.einsum("ieg,jeg->gij", cross / bound, cross))
+        return cls(nuisance, cross, diagonal, bound, beyond, at[0], at[1], schur)
+
+    def times(self, values: np.ndarray) -> np.ndarray:
+        """Return the matrix times values, both (columns, genes)."""
+        n_nuisance = len(self.cross)
+        nuisance, effects = values[:n_nuisance], values[n_nuisance:]
+        top = np.einsum("gij,jg->ig", self.nuisance, nuisance)
+        top += np.einsum("ieg,eg->ig", self.cross, effects)
+        bottom = self.diagonal * effects + np.einsum("ieg,ig->eg", self.cross, nuisance)
+        bottom += self.first @ (self.beyond * (self.second.T @ effects))
+        bottom += self.second @ (self.beyond * (self.first.T @ effects))
+        return np.concatenate([top, bottom])
+
+    def solve(self, values: np.ndarray) -> np.ndarray:
+        """Return the inverse times values, of the matrix with `bound` for all between effects."""
+        n_nuisance = len(self.cross)
+        nuisance, effects = values[:n_nuisance], values[n_nuisance:] / self.bound
+        top = np.einsum(
+            "gij,jg->ig", self.schur, nuisance - np.einsum("ieg,eg->ig", self.cross, effects)
+        )
+        bottom = effects - np.einsum("ieg,ig->eg", self.cross, top) / self.bound
+        return np.concatenate([top, bottom])
 
 
 def _distinct_rows(design: sparse.csr_array) -> tuple[sparse.csr_array, sparse.csr_array]:
@@ -493,7 +586,7 @@ def regress(
     )
     sd = np.full(design.shape[1], effect_sd)
     sd[0] = INTERCEPT_SD
-    expansion = fit_negative_binomial(cells, design, sd)
+    expansion = fit_negative_binomial(cells, design, sd, n_nuisance=nuisance.shape[1])
     found = sparse_effects(
         expansion,
         sd,

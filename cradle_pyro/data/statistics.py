@@ -16,8 +16,8 @@ __all__ = ["raw_effects", "regression_effects", "training_statistics"]
 
 _INVERSE_DISPERSION_RANGE = (0.3, 100.0)
 _LARGEST_ERROR = 3.0
-_MOST_COLUMNS = 300
 _MOST_ENTRIES = 500_000_000
+_MOST_INFORMATION = 100_000_000
 
 
 def training_statistics(train: CellData, *, interaction_cells: int | None = None) -> Statistics:
@@ -149,14 +149,19 @@ def regression_effects(train: CellData, statistics: Statistics) -> EffectStart:
         posterior means of all others under a sparse prior, and its error. An effect of which the
         cells say next to nothing is zero, with an error of three. `raw_effects` in its place for
         log-normalised values, without controls whose flags are known, and for screens on which a
-        regression would take longer than it is worth (over 300 columns, or 5e8 entries).
+        regression would take longer or more memory than it is worth (over 5e8 counts, or over 1e8
+        terms of information: genes times pairs of columns that meet in a cell).
     """
     known = train.subset(train.artifact_observed)
     schema, members = train.schema, statistics.combinations.numpy()
     n_nuisance = schema.n_covariate_levels + schema.n_artifacts + 1
     n_columns = schema.n_perturbations + len(members) + n_nuisance
+    n_pairs = n_columns * (n_nuisance + 1) + (known.perturbation.T @ known.perturbation).nnz
     has_controls = bool((known.labels == schema.control).any())
-    too_large = n_columns > _MOST_COLUMNS or known.n_cells * schema.n_genes > _MOST_ENTRIES
+    too_large = (
+        known.n_cells * schema.n_genes > _MOST_ENTRIES
+        or n_pairs * schema.n_genes > _MOST_INFORMATION
+    )
     if train.values == "lognorm" or not has_controls or too_large:
         return raw_effects(train, statistics)
     found, _ = regress(known, members, flags=True)
