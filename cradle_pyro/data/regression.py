@@ -205,11 +205,12 @@ class _Solver(NamedTuple):
         return score, self.products @ (self.member @ (mean * shrink))
 
     def _solve(self, information: np.ndarray, gradient: np.ndarray) -> np.ndarray:
-        """Return the step of every gene, by conjugate gradients; both (columns, genes).
+        """Return the step of every gene, (columns, genes), by preconditioned conjugate gradients.
 
         Effects of different perturbations meet in cells that carry both, and through the nuisance
-        coefficients, the first columns. Without the former the matrix is inverted directly, so
-        that screens of single perturbations need no iteration. Nothing is ever (columns, columns).
+        coefficients, the first columns. The preconditioner has the latter exactly and the former
+        by a bound, so that screens of single perturbations need no iteration. Nothing is ever
+        (columns, columns).
         """
         arrow = _Arrow.of(self.pairs, information, self.precision, self.n_nuisance)
         step = arrow.solve(gradient)
@@ -272,7 +273,8 @@ class _Arrow(NamedTuple):
             for which in (first, second)
         ]
         beyond = information[rest]
-        # At least the matrix, and so positive definite: the difference is diagonally dominant.
+        # With this in place of `beyond` the matrix is no smaller (the difference is diagonally
+        # dominant), and so positive definite.
         bound = diagonal + at[0] @ np.abs(beyond) + at[1] @ np.abs(beyond)
         schur = np.linalg.inv(nuisance - np.einsum("ieg,jeg->gij", cross / bound, cross))
         return cls(nuisance, cross, diagonal, bound, beyond, at[0], at[1], schur)
@@ -289,7 +291,7 @@ class _Arrow(NamedTuple):
         return np.concatenate([top, bottom])
 
     def solve(self, values: np.ndarray) -> np.ndarray:
-        """Return the inverse times values, of the matrix with `bound` for all between effects."""
+        """Return the preconditioner times values: the inverse with `bound` in place of `beyond`."""
         n_nuisance = len(self.cross)
         nuisance, effects = values[:n_nuisance], values[n_nuisance:] / self.bound
         top = np.einsum(

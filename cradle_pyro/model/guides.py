@@ -373,4 +373,5 @@ class CradleGuide(nn.Module):
 
 
 def _taken(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Return small values at `rows`; unlike :func:`rows_of` with a dense gradient."""
     return values if rows is None else values[rows]
