@@ -8,7 +8,7 @@ import torch
 from scipy.special import digamma, gammaln
 
 from cradle_pyro.model import blocks, special
-from cradle_pyro.model.special import log_choose, mean_terms
+from cradle_pyro.model.special import fractions, log_choose, mean_terms
 
 COUNTS = np.array([0, 1, 2, 3, 7, 20, 99, 1e3, 1e4, 1e6])
 START = np.geomspace(np.exp(-6), np.exp(9), 31)
@@ -119,3 +119,52 @@ def test_single_precision_keeps_its_digits():
     theirs = torch.autograd.grad(exact.sum(), double[:2])
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------- the short cut past the softmax
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("block", [1, 13, 1 << 17])
+@pytest.mark.parametrize("shape", [(11, 7), (2, 3, 11, 7)])
+def test_the_short_cut_passes_what_the_softmax_would(shape, block, drop_last, monkeypatch):
+    monkeypatch.setattr(blocks, "_ELEMENTS", block)
+    _, theta, counts = draw(*shape, counts_shape=shape[-2:])
+    theta, counts = (value[..., : 7 - drop_last] for value in (theta, counts))
+    logits = torch.as_tensor(np.random.default_rng(2).normal(size=shape)).requires_grad_()
+    library = torch.linspace(3, 90, 11, dtype=logits.dtype).requires_grad_()
+    rate, short_cut = fractions(logits, drop_last=drop_last)
+    every = torch.softmax(logits, -1)[..., : 7 - drop_last]
+    torch.testing.assert_close(rate, every)
+    found = mean_terms(rate, theta, counts, library, short_cut)
+    expected = plain_terms(library.unsqueeze(-1) * every, theta, counts)
+    torch.testing.assert_close(found, expected)
+    weights = torch.linspace(-1, 2, found.numel(), dtype=found.dtype).reshape(found.shape)
+    learned = [logits, theta, library]
+    # The fractions themselves are used, too.
+    other = torch.linspace(0, 1, rate.numel(), dtype=rate.dtype).reshape(rate.shape)
+    for also in (0.0, 1.0):
+        losses = [
+            (terms * weights).sum() + also * (some * other).sum()
+            for terms, some in ((found, rate), (expected, every))
+        ]
+        gradients = [torch.autograd.grad(loss, learned, retain_graph=True) for loss in losses]
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_the_short_cut_is_not_taken_by_what_broadcasts():
+    """Its shape is that of the logits, not of their copies."""
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    rate, short_cut = fractions(logits)
+    counts = torch.ones(3, 4, 5, dtype=torch.float64)
+    found = mean_terms(rate, torch.ones(5, dtype=torch.float64), counts, short_cut=short_cut)
+    one = mean_terms(torch.softmax(logits, -1), torch.ones(5, dtype=torch.float64), counts[0])
+    ours, theirs = (torch.autograd.grad(terms.sum(), logits)[0] for terms in (found, one))
+    torch.testing.assert_close(ours, 3 * theirs)
+
+
+def test_fractions_alone_have_the_gradient_of_a_softmax():
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    for drop_last in (False, True):
+        assert torch.autograd.gradcheck(lambda x, d=drop_last: fractions(x, drop_last=d)[0], logits)

@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
@@ -55,7 +56,8 @@ __all__ = [
     "VARIANTS",
     "annotation",
     "default_step",
-    "published_step",
+    "published_memory",
+    "published_steps",
     "query_screen",
     "roofline",
     "time_to_loss",
@@ -194,14 +196,36 @@ def _seconds(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def published_step(*, variant: str, rounds: int, **sizes: int) -> dict[str, float]:
-    """Time the naive step, or one of ours of the published settings (`VARIANTS`)."""
+def published_steps(*, rounds: int, **sizes: int) -> dict[str, float]:
+    """Time the naive step and ours of the published settings (`VARIANTS`) side by side.
+
+    In every round each takes two steps, of which the second counts: a machine that others share is
+    not equally fast for long. Ratios are medians over the rounds.
+    """
+    shape = NaiveSettings(**sizes)
+    steps = {NAIVE: naive_step(shape)} | {
+        name: training_step(_published(settings), shape) for name, settings in VARIANTS.items()
+    }
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            with nullcontext() if name == NAIVE else freed_memory_kept():
+                found[name].append(_seconds({name: step}, 1)[name])
+    seconds = {f"{name}, s": statistics.median(values) for name, values in found.items()}
+    return seconds | {
+        f"{NAIVE} / {name}": statistics.median(np.divide(found[NAIVE], found[name]))
+        for name in VARIANTS
+    }
+
+
+def published_memory(*, variant: str, **sizes: int) -> dict[str, float]:
+    """Take steps of the naive kind, or of one of ours, for the memory of their process."""
     shape = NaiveSettings(**sizes)
     if variant == NAIVE:
-        return {"step, s": _seconds({variant: naive_step(shape)}, rounds)[variant]}
-    step = training_step(_published(VARIANTS[variant]), shape)
+        return {"step, s": _seconds({variant: naive_step(shape)}, 2)[variant]}
     with freed_memory_kept():
-        return {"step, s": _seconds({variant: step}, rounds)[variant]}
+        step = training_step(_published(VARIANTS[variant]), shape)
+        return {"step, s": _seconds({variant: step}, ROUNDS)[variant]}
 
 
 def default_step(*, rounds: int, **sizes: int) -> dict[str, float]:

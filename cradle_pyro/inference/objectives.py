@@ -25,6 +25,7 @@ from cradle_pyro import sites
 from cradle_pyro.config import ObjectiveConfig, PartnerTerm, SleepTerm
 from cradle_pyro.model.cradle import gate
 from cradle_pyro.model.intervene import run_world
+from cradle_pyro.model.reuse import declare_rows, reused
 from cradle_pyro.types import Batch
 
 __all__ = ["COUNTERFACTUAL", "CradleELBO", "FlipPool", "elbo_terms", "with_imputed_flags"]
@@ -97,6 +98,7 @@ class CradleELBO(ELBO):
         """
         return self._terms(model, guide, batch)[0]
 
+    @reused()
     def _terms(
         self, model: PyroCallable, guide: PyroCallable, batch: Batch
     ) -> tuple[dict[str, Tensor], int]:
@@ -347,6 +349,8 @@ def partner_term(guide: PyroCallable, latents: Mapping[str, Tensor], batch: Batc
     own = batch.take(batch.partner_rows).replace(
         artifact=batch.partner.artifact, artifact_observed=None
     )
+    for part, whole in ((own.counts, batch.counts), (own.library, batch.library)):
+        declare_rows(part, whole, batch.partner_rows)
     own_trace = _guide_given(guide, globals_only, own)
     target = partner_trace.nodes[sites.Z_BASAL]["fn"]
     return kl_divergence(target, own_trace.nodes[sites.Z_BASAL]["fn"]).mean()

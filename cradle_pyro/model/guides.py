@@ -25,6 +25,7 @@ from .cradle import (
 )
 from .networks import CellEncoder, GaussianHead, MeanFieldNormal, ResidualMLP, rows_of
 from .relaxed import StraightThroughBernoulli, TiltedScaleMixture
+from .reuse import done_once
 
 __all__ = ["CradleGuide"]
 
@@ -110,13 +111,16 @@ class ExpressionInput(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the input, shape (cells, genes + 1)."""
-        n_cells, n_genes = batch.counts.shape
-        found = batch.counts.new_empty(n_cells, n_genes + 1)
-        values = found[:, :-1].copy_(batch.counts)
+        return done_once(self._of, batch.counts, batch.library)
+
+    def _of(self, counts: Tensor, library: Tensor) -> Tensor:
+        n_cells, n_genes = counts.shape
+        found = counts.new_empty(n_cells, n_genes + 1)
+        values = found[:, :-1].copy_(counts)
         if self.take_log:
             values.log1p_()
         values.sub_(self.log_mean).div_(self.log_sd).clamp_(-10, 10)
-        found[:, -1] = (batch.library.log() - self.log_library_mean) / self.log_library_sd
+        found[:, -1] = (library.log() - self.log_library_mean) / self.log_library_sd
         return found
 
 

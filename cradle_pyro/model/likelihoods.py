@@ -17,7 +17,7 @@ from torch.nn import functional
 from cradle_pyro.types import SCALE, Statistics
 
 from .sampling import draw_counts
-from .special import log_choose, mean_terms
+from .special import fractions, log_choose, mean_terms
 
 __all__ = [
     "AbstractLikelihood",
@@ -34,6 +34,7 @@ __all__ = [
 
 _SMALLEST_MEAN = 1e-12
 _LOG_DISPERSION_RANGE = (-6.0, 9.0)
+_SHORT_CUT = "_short_cut"  # of a rate as the likelihood made it; what is made of a rate has none
 
 
 class _GeneDistribution(TorchDistribution):
@@ -123,6 +124,7 @@ class GeneNegativeBinomial(_GeneDistribution):
     ) -> None:
         self.inverse_dispersion = inverse_dispersion
         self.library = library
+        self.short_cut = getattr(rate, _SHORT_CUT, None)
         if library is not None:
             shape = torch.broadcast_shapes(rate.shape[:-1], library.shape)
             rate, self.library = rate.expand(*shape, -1), library.expand(shape)
@@ -157,7 +159,8 @@ class GeneNegativeBinomial(_GeneDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log-probability of each cell, shape (..., cells)."""
         theta = self.inverse_dispersion
-        return mean_terms(self.rate, theta, value, self.library) + log_choose(value, theta)
+        of_mean = mean_terms(self.rate, theta, value, self.library, self.short_cut)
+        return of_mean + log_choose(value, theta)
 
     def log_prob_per_gene(self, value: Tensor) -> Tensor:
         """Return the log-probability of each count, shape (..., cells, genes)."""
@@ -273,8 +276,9 @@ class AbstractLikelihood(nn.Module):
             Whether the last category stands for genes that were not kept; it is dropped, so that
             rows sum to the kept genes' share.
         """
-        fractions = torch.softmax(logits, -1)
-        return fractions[..., :-1] if has_rest else fractions
+        rate, short_cut = fractions(logits, drop_last=has_rest)
+        setattr(rate, _SHORT_CUT, short_cut)
+        return rate
 
     def log2_expression(self, rate: Tensor) -> Tensor:
         """Return the scale of effects, log2(1 + 1e4 rate)."""

@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from cradle_pyro.config import NetworkConfig
 
+from .reuse import done_once
+
 __all__ = ["CellEncoder", "Decoder", "GaussianHead", "MeanFieldNormal", "ResidualMLP", "rows_of"]
 
 _SMALLEST_SCALE = 1e-4
@@ -65,10 +67,13 @@ class ResidualMLP(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the last hidden layer, shape (..., hidden)."""
-        first, *others = (layer(value) for layer, value in zip(self.inputs, inputs, strict=True))
+        return self.from_first(self.inputs[0](inputs[0]), *inputs[1:])
+
+    def from_first(self, first: Tensor, *others: Tensor) -> Tensor:
+        """Return the last hidden layer, given the first input's product and the other inputs."""
         hidden = first + self.bias
-        for other in others:
-            hidden = hidden + other
+        for layer, value in zip(self.inputs[1:], others, strict=True):
+            hidden = hidden + layer(value)
         if self.linear:
             return hidden
         hidden = functional.leaky_relu(hidden)
@@ -121,7 +126,8 @@ class CellEncoder(nn.Module):
 
     def forward(self, expression: Tensor, *context: Tensor) -> dist.Independent:
         """Return the Normal, batch shape (..., cells), event shape (latents,)."""
-        return self.head(self.network(expression, *context)).to_event(1)
+        product = done_once(self.network.inputs[0], expression)
+        return self.head(self.network.from_first(product, *context)).to_event(1)
 
 
 class MeanFieldNormal(nn.Module):

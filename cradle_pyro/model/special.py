@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .blocks import cache_blocks
 
-__all__ = ["log_choose", "mean_terms"]
+__all__ = ["fractions", "log_choose", "mean_terms"]
 
 _SHIFT, _DOUBLE_SHIFT = 4, 8
 # Of Stirling's series of log gamma, and of the digamma function, in odd and even powers of 1/z.
@@ -24,7 +24,11 @@ _SMALLEST_RATIO = 1e-12
 
 
 def mean_terms(
-    rate: Tensor, inverse_dispersion: Tensor, counts: Tensor, library: Tensor | None = None
+    rate: Tensor,
+    inverse_dispersion: Tensor,
+    counts: Tensor,
+    library: Tensor | None = None,
+    short_cut: Tensor | None = None,
 ) -> Tensor:
     """Return the sum over genes of x log(μ/θ) - (x+θ) log(1+μ/θ), where μ = library * rate.
 
@@ -38,6 +42,9 @@ def mean_terms(
         x >= 0, any shape that broadcasts with the rate's; receives no gradient.
     library
         Positive, any shape that broadcasts with (..., cells); by default one.
+    short_cut
+        The rate's, where it is of :func:`fractions`: the gradient of the rate goes that way (where
+        it broadcasts with nothing).
 
     Returns
     -------
@@ -46,7 +53,31 @@ def mean_terms(
     """
     library = rate.new_ones(()) if library is None else library
     rate, counts, library = torch.broadcast_tensors(rate, counts, library.unsqueeze(-1))
-    return _MeanTerms.apply(rate, counts, inverse_dispersion, library[..., 0])
+    if short_cut is not None and short_cut.shape[:-1] == rate.shape[:-1]:
+        rate = rate.detach()
+    else:
+        short_cut = None
+    return _MeanTerms.apply(rate, counts, inverse_dispersion, library[..., 0], short_cut)
+
+
+def fractions(logits: Tensor, *, drop_last: bool = False) -> tuple[Tensor, Tensor]:
+    """Return softmax(logits, -1), and a short cut for gradients past the softmax.
+
+    Parameters
+    ----------
+    logits
+        Shape (..., cells, categories).
+    drop_last
+        Leave out the fraction of the last category.
+
+    Returns
+    -------
+    tuple
+        The fractions, and a tensor of the logits' shape without values. What is passed to the
+        latter as its gradient is that of the logits. Who can tell it from the fractions' gradient
+        while that is in the cache, as :func:`mean_terms` can, need not keep both in memory.
+    """
+    return _Fractions.apply(logits, logits.shape[-1] - drop_last)
 
 
 def log_choose(counts: Tensor, start: Tensor) -> Tensor:
@@ -76,9 +107,37 @@ def log_choose(counts: Tensor, start: Tensor) -> Tensor:
     return _LogChoose.apply(counts, start)
 
 
+class _Fractions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        every = torch.softmax(logits, -1)
+        ctx.save_for_backward(every)
+        short_cut = logits.new_empty(()).expand(logits.shape)
+        return every[..., :n_kept], short_cut
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        of_fractions, of_logits = gradients
+        if of_fractions is not None:
+            (every,) = ctx.saved_tensors
+            padded = nn.functional.pad(of_fractions, (0, every.shape[-1] - of_fractions.shape[-1]))
+            through = torch._softmax_backward_data(padded, every, -1, every.dtype)
+            of_logits = through if of_logits is None else of_logits + through
+        return of_logits, None
+
+
 class _MeanTerms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rate: Tensor, counts: Tensor, theta: Tensor, library: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        rate: Tensor,
+        counts: Tensor,
+        theta: Tensor,
+        library: Tensor,
+        short_cut: Tensor | None,
+    ) -> Tensor:
+        ctx.n_logits = None if short_cut is None else short_cut.shape[-1]
         ctx.save_for_backward(rate, counts, theta, library)
         total = rate.new_empty(rate.shape[:-1])
         for block in cache_blocks(rate):
@@ -89,10 +148,12 @@ class _MeanTerms(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rate, counts, theta, library = ctx.saved_tensors
-        of_rate = torch.empty_like(rate, memory_format=torch.contiguous_format)
-        _, _, theta_learns, library_learns = ctx.needs_input_grad
+        *cells, n_genes = rate.shape
+        found = rate.new_empty(*cells, ctx.n_logits or n_genes)  # of the rate, or of the logits
+        of_rate = found[..., :n_genes]
+        _, _, theta_learns, library_learns, _ = ctx.needs_input_grad
         of_theta = torch.zeros_like(theta) if theta_learns else None
         of_library = rate.new_empty(rate.shape[:-1]) if library_learns else None
         for block in cache_blocks(rate):
@@ -108,7 +169,15 @@ class _MeanTerms(torch.autograd.Function):
                 ratio = mean.div_(theta)
                 each = share.mul_(ratio).sub_(x / theta).sub_(ratio.log1p_())
                 of_theta.addmv_(each.reshape(-1, len(theta)).t(), weight.reshape(-1))
-        return of_rate, None, of_theta, of_library
+            if ctx.n_logits is not None:  # of the rate's logarithm, less the mean of all fractions
+                mean_slope = slope.mul_(rate[block]).sum(-1, keepdim=True)
+                slope.addcmul_(rate[block], mean_slope, value=-1)
+                if ctx.n_logits > n_genes:
+                    dropped = 1 - rate[block].sum(-1, keepdim=True)
+                    found[block][..., n_genes:] = -mean_slope * dropped
+        if ctx.n_logits is None:
+            return of_rate, None, of_theta, of_library, None
+        return None, None, of_theta, of_library, found
 
 
 class _LogChoose(torch.autograd.Function):
