@@ -422,6 +422,9 @@ def speed(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Small sizes, to see it run; its numbers mean nothing.")
     ] = False,
+    device: Annotated[
+        str, typer.Option("--device", help="cuda measures training steps on a GPU, only these.")
+    ] = "cpu",
     quiet: Quiet = False,
 ) -> None:
     """Measure steps, epochs, queries and QC, beside the published way of doing them.
@@ -435,7 +438,7 @@ def speed(
     from cradle_pyro.reporting.speed_page import write_speed_report
 
     console = _console(quiet)
-    figures = run_speed(out, smoke=smoke, say=console.print)
+    figures = run_speed(out, smoke=smoke, device=device, say=console.print)
     page = write_speed_report(figures, out)
     console.print(f"Wrote {out}: speed.csv, speed.md, {page.name}.")
 

@@ -26,11 +26,12 @@ from pyro.poutine import Trace
 from scipy import integrate, stats
 from scipy.special import expit
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from cradle_pyro import sites
 from cradle_pyro.config import Config
 from cradle_pyro.inference.pair import build_pair
-from cradle_pyro.model.cradle import Cradle, gate, with_combinations
+from cradle_pyro.model.cradle import Cradle, gate, sum_of_effects, with_combinations
 from cradle_pyro.types import Batch, Schema
 
 OFF = {
@@ -675,3 +676,24 @@ def test_foreign_rna_dilutes_failing_cells_only():
     second = trace_of(model, batch, moved).nodes[sites.RATE]["value"]
     torch.testing.assert_close(first[failing], second[failing])
     assert (first[~failing] - second[~failing]).abs().max() > 1e-4
+
+
+# ------------------------------------------------------------------------------ many perturbations
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (3, 5, 40)])
+def test_sum_of_effects_is_the_product_with_and_without_gradients(shape):
+    design = torch.zeros(shape, dtype=torch.float64)
+    design[..., 0, 7], design[..., 2, 39], design[..., 2, 7] = 1.0, 0.5, -2.0
+    effects = torch.randn(*shape[:-2], 40, 6, dtype=torch.float64)
+    expected = design @ effects
+    assert torch.equal(sum_of_effects(design, effects), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(sum_of_effects(design, effects), expected)
+        assert not sum_of_effects(0 * design, effects).any()
+
+
+def test_a_query_does_not_work_on_perturbations_that_no_cell_carries():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        sum_of_effects(torch.eye(400)[:3], torch.ones(400, 50))
+    assert counter.get_total_flops() == 2 * 3 * 3 * 50

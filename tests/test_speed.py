@@ -73,7 +73,7 @@ def test_the_page_shows_every_case(figures, tmp_path):
         if case not in {"published sizes", "side by side"}:
             assert case in text
     assert page.read_text() == render_speed(figures)
-    assert len(re.findall("<svg", page.read_text())) == 4
+    assert len(re.findall("<svg", page.read_text())) == 5
     assert "nan" not in text
 
 
@@ -153,6 +153,24 @@ def test_partners_are_medians_of_failing_cells_of_the_label():
     np.testing.assert_array_equal(found, [[3, 3], [3, 3], [3, 3], [7, 7]])
     many = median_partners(np.arange(100.0)[:, None], np.zeros(100), np.ones(100, bool))
     assert (many == np.median(np.arange(50))).all()
+
+
+def test_a_gpu_is_asked_about_steps_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, found in (("cuda", "found none"), ("mps", "found 'mps'")):
+        with pytest.raises(CradleError, match=found):
+            run_speed(tmp_path / "out", device=device)
+    assert not (tmp_path / "out").exists()
+    cases = cases_of(tmp_path, device="cuda")
+    assert {case.options["device"] for case in cases} == {"cuda"}
+    assert {case.part for case in cases} < set(speed.PARTS)
+
+
+@pytest.mark.gpu
+def test_steps_of_a_gpu_are_measured(tmp_path):
+    figures = run_speed(tmp_path, smoke=True, device="cuda")
+    assert (figures.loc[figures["figure"] == "GPU memory, GB", "value"] > 0).all()
+    write_speed_report(figures, tmp_path)
 
 
 def test_the_command_says_what_it_wrote(tmp_path, monkeypatch, capsys):

@@ -245,7 +245,9 @@ def make_screen(settings: NaiveSettings) -> Screen:
     return Screen(counts, partner, design, (torch.rand(size) < settings.failing_share).float())
 
 
-def naive_step(settings: NaiveSettings | None = None) -> Callable[[], float]:
+def naive_step(
+    settings: NaiveSettings | None = None, *, device: str = "cpu"
+) -> Callable[[], float]:
     """Return a function that takes one optimiser step and returns the loss in nats per cell.
 
     Data and parameters are built here, so that a call times the step alone. The caller's random
@@ -253,7 +255,8 @@ def naive_step(settings: NaiveSettings | None = None) -> Callable[[], float]:
     """
     settings = settings or NaiveSettings()
     with seeded(settings.seed):
-        screen, model = make_screen(settings), NaiveCradle(settings)
+        screen, model = make_screen(settings), NaiveCradle(settings).to(device)
+    screen = Screen(*(part.to(device) for part in screen))
     optimiser = torch.optim.Adam(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )

@@ -1,6 +1,7 @@
 """What the speed benchmark measures: steps, epochs, queries and QC, beside the published way.
 
-Every function measures one case in this process, in seconds of wall time.
+Every function measures one case in this process, in seconds of wall time. Steps and products of
+matrices are measured on a device, ``"cpu"`` unless told.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import lightning as L
 import numpy as np
 import pyro
 import scipy.sparse as sp
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from cradle_pyro import sites
 from cradle_pyro.config import Config
@@ -26,6 +31,7 @@ from cradle_pyro.data.fields import read_screen
 from cradle_pyro.data.matching import match_partners
 from cradle_pyro.data.prepare import prepare
 from cradle_pyro.data.qc import annotate_artifacts
+from cradle_pyro.evaluation.evaluate import evaluate
 from cradle_pyro.evaluation.naive import (
     NaiveSettings,
     Screen,
@@ -41,6 +47,7 @@ from cradle_pyro.inference.optimizer import clip_gradients, make_optimizer
 from cradle_pyro.inference.pair import build_pair
 from cradle_pyro.inference.train import FEW_EFFECTS, fit
 from cradle_pyro.queries.counterfactual import write_counterfactual
+from cradle_pyro.queries.effects import effects
 from cradle_pyro.queries.interventions import do
 from cradle_pyro.simulate.large import simulate_large
 from cradle_pyro.simulate.perturbseq import simulate_perturbseq
@@ -49,6 +56,7 @@ from cradle_pyro.types import Batch, Schema, Statistics
 if TYPE_CHECKING:
     from cradle_pyro.data.dataset import CellData
     from cradle_pyro.inference.loop import TrainingLoop
+    from cradle_pyro.inference.posterior import Posterior
 
 __all__ = [
     "NAIVE",
@@ -56,6 +64,8 @@ __all__ = [
     "VARIANTS",
     "annotation",
     "default_step",
+    "evaluation",
+    "many_effects",
     "published_memory",
     "published_steps",
     "query_screen",
@@ -68,6 +78,13 @@ ROUNDS: Final = 5
 NAIVE: Final = "naive"
 _GIGA: Final = 1e9
 _NOT_OF_THE_COUNTS: Final = (sites.ARTIFACT, sites.LIBRARY, COUNTERFACTUAL)
+_ONE_EPOCH: Final = (
+    "train.max_epochs=1",
+    "split.train=0.9",
+    "split.validation=0.02",
+    "qc.doublets=false",
+    "model.gene_effect.interaction_cells=none",
+)
 _QUERY_CELLS: Final = 10_000
 _QUERY_DRAWS: Final = 5
 # The published sizes (Norman), on top of what is published_cradle among the predictors.
@@ -92,7 +109,9 @@ VARIANTS: Final[dict[str, tuple[str, ...]]] = {
 # ----------------------------------------------------------------------------------------- steps
 
 
-def training_step(config: Config, sizes: NaiveSettings) -> Callable[[], float]:
+def training_step(
+    config: Config, sizes: NaiveSettings, *, device: str = "cpu"
+) -> Callable[[], float]:
     """Return one optimiser step of our pair, on a batch as the naive step's.
 
     Parameters
@@ -102,6 +121,8 @@ def training_step(config: Config, sizes: NaiveSettings) -> Callable[[], float]:
         in ``train.accumulate`` parts.
     sizes
         Cells, genes and perturbations.
+    device
+        Where batch and pair are.
     """
     screen = make_screen(sizes)
     batch = Batch(
@@ -133,8 +154,9 @@ def training_step(config: Config, sizes: NaiveSettings) -> Callable[[], float]:
         cells = torch.full((sizes.n_perturbations,), 10.0)
         carriers = Carriers(statistics_.combinations, cells, statistics_.n_cells)
         parts = [part.replace(carried=carriers.carried(part.perturbation)) for part in parts]
-    objective = CradleELBO(config.objective, pool)
-    optimizer = make_optimizer(model, guide, config.train, by_row=by_row)
+    parts = [part.to(device) for part in parts]
+    objective = CradleELBO(config.objective, pool.to(device))
+    optimizer = make_optimizer(model.to(device), guide.to(device), config.train, by_row=by_row)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step() -> float:
@@ -184,33 +206,38 @@ def _published(settings: Sequence[str]) -> Config:
     return Config().with_settings([*PEERS["published_cradle"], *_PUBLISHED_SIZES, *settings])
 
 
-def _seconds(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def _seconds(
+    steps: dict[str, Callable[[], object]], rounds: int, device: str = "cpu"
+) -> dict[str, float]:
     """Return the median time of each step, after one to warm up, in alternating rounds."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
+            if device != "cpu":
+                torch.cuda.synchronize()
             if number:
                 found[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def published_steps(*, rounds: int, **sizes: int) -> dict[str, float]:
+def published_steps(*, rounds: int, device: str = "cpu", **sizes: int) -> dict[str, float]:
     """Time the naive step and ours of the published settings (`VARIANTS`) side by side.
 
     In every round each takes two steps, of which the second counts: a machine that others share is
     not equally fast for long. Ratios are medians over the rounds.
     """
     shape = NaiveSettings(**sizes)
-    steps = {NAIVE: naive_step(shape)} | {
-        name: training_step(_published(settings), shape) for name, settings in VARIANTS.items()
+    steps = {NAIVE: naive_step(shape, device=device)} | {
+        name: training_step(_published(settings), shape, device=device)
+        for name, settings in VARIANTS.items()
     }
     found: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             with nullcontext() if name == NAIVE else freed_memory_kept():
-                found[name].append(_seconds({name: step}, 1)[name])
+                found[name].append(_seconds({name: step}, 1, device)[name])
     seconds = {f"{name}, s": statistics.median(values) for name, values in found.items()}
     return seconds | {
         f"{NAIVE} / {name}": statistics.median(np.divide(found[NAIVE], found[name]))
@@ -218,26 +245,28 @@ def published_steps(*, rounds: int, **sizes: int) -> dict[str, float]:
     }
 
 
-def published_memory(*, variant: str, **sizes: int) -> dict[str, float]:
+def published_memory(*, variant: str, device: str = "cpu", **sizes: int) -> dict[str, float]:
     """Take steps of the naive kind, or of one of ours, for the memory of their process."""
     shape = NaiveSettings(**sizes)
     if variant == NAIVE:
-        return {"step, s": _seconds({variant: naive_step(shape)}, 2)[variant]}
+        return {
+            "step, s": _seconds({variant: naive_step(shape, device=device)}, 2, device)[variant]
+        }
     with freed_memory_kept():
-        step = training_step(_published(VARIANTS[variant]), shape)
-        return {"step, s": _seconds({variant: step}, ROUNDS)[variant]}
+        step = training_step(_published(VARIANTS[variant]), shape, device=device)
+        return {"step, s": _seconds({variant: step}, ROUNDS, device)[variant]}
 
 
-def default_step(*, rounds: int, **sizes: int) -> dict[str, float]:
+def default_step(*, rounds: int, device: str = "cpu", **sizes: int) -> dict[str, float]:
     """Time a step of the default settings, with and without generated cells."""
     shape = NaiveSettings(**sizes)
     variants = {"default": (), "no counterfactual term": _NO_TERM}
     steps = {
-        name: training_step(Config().with_settings(list(settings)), shape)
+        name: training_step(Config().with_settings(list(settings)), shape, device=device)
         for name, settings in variants.items()
     }
     with freed_memory_kept():
-        seconds = _seconds(dict(steps), rounds)
+        seconds = _seconds(dict(steps), rounds, device)
     return {f"{name}, s": value for name, value in seconds.items()} | {
         "default / no term": seconds["default"] / seconds["no counterfactual term"]
     }
@@ -326,18 +355,8 @@ class _Epochs(L.Callback):
 
 def query_screen(*, n_cells: int, folder: str, backed: bool, **sizes: int) -> dict[str, float]:
     """Annotate a screen, train one epoch, ask about 10,000 of its cells."""
-    path = Path(folder) / f"{n_cells}x{sizes['n_genes']}x{sizes['n_perturbations']}.h5ad"
-    if not path.exists():
-        simulate_large(path, n_cells, **sizes)
-    config = Config().with_settings(
-        [
-            "train.max_epochs=1",
-            "split.train=0.9",
-            "split.validation=0.02",
-            "qc.doublets=false",
-            "model.gene_effect.interaction_cells=none",
-        ]
-    )
+    path = _screen_file(folder, n_cells, **sizes)
+    config = Config().with_settings(_ONE_EPOCH)
     clock = _Clock()
     adata = read_screen(path, backed=backed)
     clock.stop("load")
@@ -361,6 +380,41 @@ def query_screen(*, n_cells: int, folder: str, backed: bool, **sizes: int) -> di
     }
 
 
+def many_effects(
+    *, n_cells: int, folder: str, draws: int, query_cells: int, **sizes: int
+) -> dict[str, float]:
+    """Train one epoch, then ask for the average effects of all perturbations on all genes."""
+    clock = _Clock()
+    posterior, _ = _after_one_epoch(folder, n_cells, **sizes)
+    clock.stop("train")
+    found = effects(posterior, draws=draws, n_cells=query_cells)
+    clock.stop("effects")
+    return clock.seconds | {"effects, ms per label": 1e3 * clock.seconds["effects, s"] / len(found)}
+
+
+def evaluation(*, n_cells: int, folder: str, **sizes: int) -> dict[str, float]:
+    """Train one epoch, then score the model and the default baselines on test cells."""
+    posterior, data = _after_one_epoch(folder, n_cells, **sizes)
+    clock = _Clock()
+    found = evaluate(posterior, data)
+    clock.stop("evaluate")
+    return clock.seconds | {"test cells": float(found.facts["n_test"])}
+
+
+def _after_one_epoch(folder: str, n_cells: int, **sizes: int) -> tuple[Posterior, CellData]:
+    config = Config().with_settings(_ONE_EPOCH)
+    _, data = prepare(read_screen(_screen_file(folder, n_cells, **sizes)), config)
+    return fit(data, config, progress=False), data
+
+
+def _screen_file(folder: str, n_cells: int, *, n_genes: int, n_perturbations: int) -> Path:
+    """Return a simulated screen of these sizes, made where there is none yet."""
+    path = Path(folder) / f"{n_cells}x{n_genes}x{n_perturbations}.h5ad"
+    if not path.exists():
+        simulate_large(path, n_cells, n_genes=n_genes, n_perturbations=n_perturbations)
+    return path
+
+
 class _Clock:
     """Names the time since it was last asked."""
 
@@ -380,10 +434,7 @@ def annotation(*, n_cells: int, folder: str, naive_cells: int, **sizes: int) -> 
     The published way makes the counts dense and, for every cell, takes the gene-wise median of up
     to 50 failing cells of its perturbation.
     """
-    path = Path(folder) / f"{n_cells}x{sizes['n_genes']}x{sizes['n_perturbations']}.h5ad"
-    if not path.exists():
-        simulate_large(path, n_cells, **sizes)
-    adata = read_screen(path)
+    adata = read_screen(_screen_file(folder, n_cells, **sizes))
     clock = _Clock()
     annotate_artifacts(adata, doublets=False)
     labels = adata.obs["perturbation"].astype(str).to_numpy()
@@ -408,27 +459,42 @@ def annotation(*, n_cells: int, folder: str, naive_cells: int, **sizes: int) -> 
 # --------------------------------------------------------------------------------------- roofline
 
 
-def roofline(**sizes: int) -> dict[str, float]:
-    """Arithmetic of the published step (generation off), and what the machine reaches."""
-    from torch.utils.flop_counter import FlopCounterMode
+class _Traffic(TorchDispatchMode):
+    """Adds up what operations read and write, whether a cache holds it or not."""
 
+    n_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            values = tree_leaves((args, kwargs, found))
+            arrays = [value for value in values if isinstance(value, Tensor)]
+            self.n_bytes += sum(value.numel() * value.element_size() for value in arrays)
+        return found
+
+
+def roofline(*, device: str = "cpu", **sizes: int) -> dict[str, float]:
+    """Arithmetic and traffic of the published step (generation off), and the machine's ceilings."""
     shape = NaiveSettings(**sizes)
-    step = training_step(_published(_NO_TERM), shape)
-    with FlopCounterMode(display=False) as counter:
+    step = training_step(_published(_NO_TERM), shape, device=device)
+    with FlopCounterMode(display=False) as counter, _Traffic() as traffic:
         step()
     with freed_memory_kept():
-        seconds = _seconds({"step": step}, ROUNDS)["step"]
+        seconds = _seconds({"step": step}, ROUNDS, device)["step"]
     size = 2048
-    left, right = torch.rand(size, size), torch.rand(size, size)
-    product = _seconds({"product": lambda: left @ right}, 9)["product"]
-    large = torch.rand(50_000_000)
+    left, right = (torch.rand(size, size, device=device) for _ in range(2))
+    product = _seconds({"product": lambda: left @ right}, 9, device)["product"]
+    large = torch.rand(50_000_000, device=device)
     copied = torch.empty_like(large)
-    copy = _seconds({"copy": lambda: copied.copy_(large)}, 9)["copy"]
+    copy = _seconds({"copy": lambda: copied.copy_(large)}, 9, device)["copy"]
     flops = float(counter.get_total_flops())
     ceiling = 2 * size**3 / product
     return {
         "step, s": seconds,
         "products of a step, GFLOP": flops / _GIGA,
+        "read and written by a step, GB": traffic.n_bytes / _GIGA,
         "machine, GFLOP/s": ceiling / _GIGA,
         "machine, GB/s": 2 * large.numel() * 4 / copy / _GIGA,
         "products alone at that rate, s": flops / ceiling,

@@ -26,6 +26,7 @@ __all__ = [
     "effects_plate",
     "gate",
     "of_rows",
+    "sum_of_effects",
     "with_combinations",
 ]
 
@@ -94,6 +95,25 @@ def carried_design(perturbation: Tensor, combinations: Tensor, carried: Carried 
         perturbation = perturbation[..., carried.perturbations]
         combinations = combinations[carried.combinations][:, carried.perturbations]
     return with_combinations(perturbation, combinations)
+
+
+def sum_of_effects(design: Tensor, effects: Tensor) -> Tensor:
+    """Return ``design @ effects``, in queries only over the columns that some cell carries.
+
+    Cells that are asked about at a time carry few of many perturbations. In training it is the
+    batch that says which, without waiting for the values (``Batch.carried``).
+
+    Parameters
+    ----------
+    design
+        Shape (..., cells, effects).
+    effects
+        Shape (..., effects, size).
+    """
+    if torch.is_grad_enabled():
+        return design @ effects
+    columns = (design != 0).flatten(0, -2).any(0).nonzero().squeeze(-1)
+    return design[..., columns] @ effects[..., columns, :]
 
 
 class GeneEffectPrior(nn.Module):
@@ -223,7 +243,7 @@ class Cradle(nn.Module):
             perturbation = deterministic(sites.PERTURBATION, batch.perturbation, event_dim=1)
             artifact = self.artifact(batch, perturbation, risk)
             design = carried_design(perturbation, self.combinations, batch.carried)
-            shift = design[..., : effect.shape[-2]] @ effect
+            shift = sum_of_effects(design[..., : effect.shape[-2]], effect)
             perturbation_shift = deterministic(sites.PERTURBATION_SHIFT, shift, event_dim=1)
             z_artifact = self.artifact_state(batch, artifact)
             artifact_shift = self.artifact_shift(batch, artifact, artifact_effect, z_artifact)
@@ -362,7 +382,7 @@ class Cradle(nn.Module):
             return None
         if self.has_response:
             design = design * self.response(z_basal, *(() if carried is None else (carried,)))
-        return design @ gene_effect
+        return sum_of_effects(design, gene_effect)
 
     def response(self, z_basal: Tensor, carried: Carried | None = None) -> Tensor:
         """Return how strongly cells respond, shape (..., cells, perturbations + combinations)."""

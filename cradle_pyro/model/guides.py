@@ -22,6 +22,7 @@ from .cradle import (
     effects_plate,
     gate,
     of_rows,
+    sum_of_effects,
 )
 from .networks import CellEncoder, GaussianHead, MeanFieldNormal, ResidualMLP, rows_of
 from .relaxed import StraightThroughBernoulli, TiltedScaleMixture
@@ -205,14 +206,15 @@ class CradleGuide(nn.Module):
         with cells_plate(self.n_cells, batch):
             artifact = self.artifact(batch, expression)
             design = carried_design(batch.perturbation, self.combinations, batch.carried)
-            shift = design[..., : effect.shape[-2]] @ effect
+            shift = sum_of_effects(design[..., : effect.shape[-2]], effect)
             z_artifact = self.artifact_state(batch, expression, shift, artifact)
             context: list[Tensor] = []
             if self.structured:
                 context = [shift, artifact @ artifact_effect]
                 context += [] if z_artifact is None else [z_artifact]
                 if gene_effect is not None:
-                    context.append(response_summary(expression, design @ gene_effect))
+                    change = sum_of_effects(design, gene_effect)
+                    context.append(response_summary(expression, change))
             self.basal_state(batch, expression, context)
 
     def global_parameters(self) -> list[nn.Parameter]:
