@@ -271,6 +271,28 @@ def test_gradients_are_finite_at_the_edges(name) -> None:
         assert torch.isfinite(value.grad).all()
 
 
+@pytest.mark.parametrize("has_rest", [False, True])
+def test_gradients_of_counts_pass_the_softmax_by_and_are_the_same(has_rest) -> None:
+    likelihood = make_likelihood("nb", make_statistics(make_schema()))
+    counts = torch.poisson(3 * torch.rand(5, 13))
+    library = counts.sum(-1)
+    found = []
+    for change in (
+        lambda rate: rate,
+        lambda rate: 1.0 * rate,
+    ):  # of a changed rate nothing is known
+        torch.manual_seed(1)
+        logits = torch.randn(2, 5, 13 + has_rest, requires_grad=True)
+        rate = change(likelihood.rate(logits, has_rest=has_rest))
+        rate.retain_grad()
+        likelihood(rate, library).log_prob(counts).sum().backward()
+        found.append((rate.grad, logits.grad))
+    (none, short), (some, through) = found
+    assert none is None
+    assert some is not None
+    torch.testing.assert_close(short, through)
+
+
 @pytest.mark.parametrize("name", ["nb", "poisson", "zinb"])
 def test_mean_is_library_times_rate(name) -> None:
     likelihood = make_likelihood(name, make_statistics(make_schema()))

@@ -276,9 +276,8 @@ class AbstractLikelihood(nn.Module):
             Whether the last category stands for genes that were not kept; it is dropped, so that
             rows sum to the kept genes' share.
         """
-        rate, short_cut = fractions(logits, drop_last=has_rest)
-        setattr(rate, _SHORT_CUT, short_cut)
-        return rate
+        fractions = torch.softmax(logits, -1)
+        return fractions[..., :-1] if has_rest else fractions
 
     def log2_expression(self, rate: Tensor) -> Tensor:
         """Return the scale of effects, log2(1 + 1e4 rate)."""
@@ -302,6 +301,12 @@ class _WithDispersion(AbstractLikelihood):
 
 class NegativeBinomialLikelihood(_WithDispersion):
     """Counts with NB noise around library * rate (the default)."""
+
+    def rate(self, logits: Tensor, *, has_rest: bool) -> Tensor:
+        """Return the expected fraction of the library per kept gene, see `AbstractLikelihood`."""
+        rate, short_cut = fractions(logits, drop_last=has_rest)
+        setattr(rate, _SHORT_CUT, short_cut)
+        return rate
 
     def forward(self, rate: Tensor, library: Tensor) -> GeneNegativeBinomial:
         """Return the distribution of counts, batch shape (..., cells), event shape (genes,)."""

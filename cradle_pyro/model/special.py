@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .blocks import cache_blocks
 
@@ -77,7 +77,8 @@ def fractions(logits: Tensor, *, drop_last: bool = False) -> tuple[Tensor, Tenso
         latter as its gradient is that of the logits. Who can tell it from the fractions' gradient
         while that is in the cache, as :func:`mean_terms` can, need not keep both in memory.
     """
-    return _Fractions.apply(logits, logits.shape[-1] - drop_last)
+    every, short_cut = _Fractions.apply(logits)
+    return every[..., :-1] if drop_last else every, short_cut
 
 
 def log_choose(counts: Tensor, start: Tensor) -> Tensor:
@@ -109,22 +110,20 @@ def log_choose(counts: Tensor, start: Tensor) -> Tensor:
 
 class _Fractions(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         every = torch.softmax(logits, -1)
         ctx.save_for_backward(every)
-        short_cut = logits.new_empty(()).expand(logits.shape)
-        return every[..., :n_kept], short_cut
+        return every, logits.new_zeros(()).expand(logits.shape)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> Tensor | None:
         of_fractions, of_logits = gradients
-        if of_fractions is not None:
-            (every,) = ctx.saved_tensors
-            padded = nn.functional.pad(of_fractions, (0, every.shape[-1] - of_fractions.shape[-1]))
-            through = torch._softmax_backward_data(padded, every, -1, every.dtype)
-            of_logits = through if of_logits is None else of_logits + through
-        return of_logits, None
+        if of_fractions is None:
+            return of_logits
+        (every,) = ctx.saved_tensors
+        through = every * (of_fractions - (of_fractions * every).sum(-1, keepdim=True))
+        return through if of_logits is None else of_logits + through
 
 
 class _MeanTerms(torch.autograd.Function):

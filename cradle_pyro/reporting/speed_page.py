@@ -48,9 +48,10 @@ _DEFAULT = (
 )
 _TIME_TO_LOSS = (
     "Seconds of training on the demo screen until the best validation loss of the naive run (the "
-    "published sizes and learning rate, until nothing is gained for many epochs), and until this "
-    "package's default settings come to that loss: -ELBO of the counts, nats per cell. The naive "
-    "time is that of its steps; ours has validation and the regression that effects start from."
+    "published sizes and learning rate, at most 100 epochs), and until this package's default "
+    "settings come to that loss: -ELBO of the counts, nats per cell. The naive time is that of its "
+    "steps; ours has validation, without which nothing is known before the end of the first epoch, "
+    "and the regression that effects start from."
 )
 _SCREEN = (
     "A simulated sparse screen is annotated, trained for one epoch and asked about (10,000 cells "
