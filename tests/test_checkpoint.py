@@ -172,11 +172,11 @@ def replace_weights(run):
         (shutil.rmtree, "Expected a run directory with manifest"),
         (
             lambda run: edit_manifest(run, lambda m: m.update(format_version=99)),
-            "has format 99; this version of cradle-pyro reads up to 4. Update cradle-pyro",
+            "has format 99; this version of cradle-pyro reads up to 5. Update cradle-pyro",
         ),
         (
             lambda run: edit_manifest(run, lambda m: m.update(format_version=1)),
-            "has format 1, of an earlier version that kept less of a run than queries need",
+            "has format 1, of an earlier version with other parameters (now 5). Train it again",
         ),
     ],
 )

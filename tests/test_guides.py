@@ -23,10 +23,12 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from cradle_pyro import sites
+from cradle_pyro.config import NetworkConfig
 from cradle_pyro.inference.objectives import CradleELBO
 from cradle_pyro.inference.pair import build_pair
 from cradle_pyro.model.cradle import Cradle
 from cradle_pyro.model.guides import CradleGuide, response_summary
+from cradle_pyro.model.networks import CellEncoder, ResidualMLP
 from cradle_pyro.types import Batch, Schema
 
 FAMILIES = ("structured", "mean_field")
@@ -392,3 +394,15 @@ def test_summary_stays_within_bounds() -> None:
 def test_only_the_structured_guide_sees_how_far_a_cell_follows_its_effects() -> None:
     assert dependence("structured", sites.GENE_EFFECT, sites.Z_BASAL)
     assert not dependence("mean_field", sites.GENE_EFFECT, sites.Z_BASAL)
+
+
+def test_an_encoder_starts_as_one_map_of_counts_and_library():
+    """The library's weight is kept apart, but is a column as any other."""
+    torch.manual_seed(0)
+    encoder = CellEncoder(8, [3], 2, NetworkConfig(hidden=5, layers=1))
+    torch.manual_seed(0)
+    network = ResidualMLP([8, 3], NetworkConfig(hidden=5, layers=1))
+    expression, context = torch.randn(4, 8), torch.randn(2, 4, 3)
+    found = encoder.network(expression, context)
+    torch.testing.assert_close(found, network(expression, context))
+    assert len([*encoder.network.parameters()]) == len([*network.parameters()]) + 1

@@ -43,7 +43,7 @@ __all__ = [
     "save",
 ]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _CONFIG, _MANIFEST = "config.toml", "manifest.json"
 _WEIGHTS, _HISTORY = "model.safetensors", "history.csv"
 _VERSIONS = ("cradle-pyro", "torch", "pyro-ppl", "anndata", "scanpy", "numpy", "lightning")
@@ -250,8 +250,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             )
         if version < FORMAT_VERSION:
             raise CheckpointError(
-                f"'{path}' has format {version}, of an earlier version that kept less of a run "
-                f"than queries need (format {FORMAT_VERSION}). Train it again."
+                f"'{path}' has format {version}, of an earlier version with other parameters (now "
+                f"{FORMAT_VERSION}). Train it again."
             )
         expected = manifest["weights_sha256"]
         found = _sha256(path / _WEIGHTS)

@@ -102,13 +102,32 @@ class GaussianHead(nn.Module):
         return dist.Normal(loc, functional.softplus(raw_scale) + _SMALLEST_SCALE)
 
 
+class _OfExpression(nn.Module):
+    """A linear map of expression whose last column, the library, has a weight of its own.
+
+    Products that give a matrix with an odd number of columns are slow, and most panels are even.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        counts, library = linear.weight.detach().split([linear.in_features - 1, 1], dim=1)
+        self.counts = nn.Parameter(counts.clone())
+        self.library = nn.Parameter(library.clone())
+
+    def forward(self, expression: Tensor) -> Tensor:
+        """Return the product, shape (cells, outputs)."""
+        of_library = functional.linear(expression[:, -1:], self.library)
+        return functional.linear(expression[:, :-1], self.counts) + of_library
+
+
 class CellEncoder(nn.Module):
-    """q(latent | counts, context): a Normal with diagonal covariance for every cell.
+    """q(latent | expression, context): a Normal with diagonal covariance for every cell.
 
     Parameters
     ----------
-    n_genes
-        Size of the (standardised) expression input, which has no particle dimension.
+    n_expression
+        Size of the expression input (standardised counts, then the library), which has no particle
+        dimension.
     n_context
         Sizes of the other inputs, in call order; may have a particle dimension.
     n_latents
@@ -118,10 +137,11 @@ class CellEncoder(nn.Module):
     """
 
     def __init__(
-        self, n_genes: int, n_context: Sequence[int], n_latents: int, config: NetworkConfig
+        self, n_expression: int, n_context: Sequence[int], n_latents: int, config: NetworkConfig
     ) -> None:
         super().__init__()
-        self.network = ResidualMLP([n_genes, *n_context], config)
+        self.network = ResidualMLP([n_expression, *n_context], config)
+        self.network.inputs[0] = _OfExpression(cast("nn.Linear", self.network.inputs[0]))
         self.head = GaussianHead(config.hidden, n_latents)
 
     def forward(self, expression: Tensor, *context: Tensor) -> dist.Independent:
