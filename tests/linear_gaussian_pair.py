@@ -123,10 +123,13 @@ def _set_linear(
     encoder: nn.Module, weights: list[np.ndarray], bias: np.ndarray, scale: np.ndarray
 ) -> None:
     n_outputs, hidden = len(bias), encoder.head.loc.in_features
+    expression, *others = encoder.network.inputs
+    of_counts, of_library = np.split(weights[0], [-1])
+    parameters = [expression.counts, expression.library, *(linear.weight for linear in others)]
     with torch.no_grad():
-        for linear, weight in zip(encoder.network.inputs, weights, strict=True):
-            linear.weight.zero_()
-            linear.weight[:n_outputs] = tensor(weight.T)
+        for own, weight in zip(parameters, [of_counts, of_library, *weights[1:]], strict=True):
+            own.zero_()
+            own[:n_outputs] = tensor(weight.T)
         encoder.network.bias.zero_()
         encoder.network.bias[:n_outputs] = tensor(bias)
         encoder.head.loc.weight.copy_(torch.eye(n_outputs, hidden, dtype=torch.float64))

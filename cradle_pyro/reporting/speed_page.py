@@ -131,7 +131,8 @@ def plot_scaling(
     ax = draw_on(ax, FIGURE_SIZE)
     ax.plot(sizes.to_numpy(), values.to_numpy(), "o-", color=BLUE)
     ax.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
-    ax.set_ylim(bottom=min(values.min() / 2, values.max() / 10))
+    ax.set_ylim(min(values.min() / 2, values.max() / 10), 2 * values.max())
+    _plain_ticks(ax)
     return ax
 
 
@@ -157,9 +158,17 @@ def plot_roofline(found: Mapping[str, float], *, ax: Axes | None = None) -> Axes
     )
     ax.set(
         xscale="log", yscale="log", xlabel="FLOP of products for a byte read or written",
-        ylabel="GFLOP/s",
+        ylabel="GFLOP/s", ylim=(most * ends[0] / ridge, 2 * most),
     )  # fmt: skip
+    _plain_ticks(ax)
     return ax
+
+
+def _plain_ticks(ax: Axes) -> None:
+    """Write 0.5 and 200 rather than powers of ten, at the places that logarithmic axes choose."""
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axis.set_minor_formatter(lambda *_: "")
 
 
 def _sections(figures: pd.DataFrame) -> Iterator[Section]:
