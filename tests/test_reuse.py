@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from factories import make_batch, make_pair, make_schema, with_partners
 from torch import nn
 
 from cradle_pyro.inference.objectives import partner_term
 from cradle_pyro.inference.posterior import draw_latents
 from cradle_pyro.model.reuse import declare_rows, done_once, reused
-from tests.factories import make_batch, make_pair, make_schema, with_partners
 
 
 class Counting(nn.Module):

@@ -168,7 +168,7 @@ class _MeanTerms(torch.autograd.Function):
                 ratio = mean.div_(theta)
                 each = share.mul_(ratio).sub_(x / theta).sub_(ratio.log1p_())
                 of_theta.addmv_(each.reshape(-1, len(theta)).t(), weight.reshape(-1))
-            if ctx.n_logits is not None:  # of the rate's logarithm, less the mean of all fractions
+            if ctx.n_logits is not None:  # what a softmax does to its gradient
                 mean_slope = slope.mul_(rate[block]).sum(-1, keepdim=True)
                 slope.addcmul_(rate[block], mean_slope, value=-1)
                 if ctx.n_logits > n_genes:

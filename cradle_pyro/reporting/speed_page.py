@@ -67,8 +67,7 @@ _ROOFLINE = (
 )
 _EFFECTS = (
     "Average effects of all perturbations of a simulated screen (50,000 cells, 5,000 genes) on all "
-    "genes, with 10 draws of 100 cells each, after one epoch of training. 100 draws (default) take "
-    "ten times as long."
+    "genes, with 10 draws of 100 cells each (by default 100 draws), after one epoch of training."
 )
 _EVALUATION = (
     "Scores of the model and of the default baselines on the test cells of the smallest of these "
