@@ -35,6 +35,7 @@ from cradle_pyro.queries.effects import (
     interaction,
 )
 from cradle_pyro.queries.interventions import do
+from cradle_pyro.queries.scale import log2_expression
 from cradle_pyro.queries.worlds import intervene
 
 LIBRARY = np.array([300.0, 500.0, 900.0], np.float32)
@@ -186,6 +187,14 @@ def question(request):
 
 
 # ------------------------------------------------------------------------------- random numbers
+
+
+def test_effects_are_on_the_log2_scale_of_ten_thousand():
+    rate = torch.tensor([0.0, 1e-4, 7e-4])
+    expected = torch.tensor([0.0, 1.0, 3.0])
+    for name, value in (("nb", rate), ("normal", torch.log1p(1e4 * rate))):
+        torch.testing.assert_close(log2_expression(shared_posterior(name), value), expected)
+    torch.testing.assert_close(rate, torch.tensor([0.0, 1e-4, 7e-4]))  # left as it was
 
 
 def test_answers_neither_depend_on_the_callers_random_state_nor_move_it(question):

@@ -309,17 +309,6 @@ def test_first_bias_reproduces_the_training_mean(name) -> None:
     torch.testing.assert_close(rate[0], statistics.fraction / total)
 
 
-def test_effects_are_on_the_log2_scale_of_ten_thousand() -> None:
-    statistics = make_statistics(make_schema())
-    rate = torch.tensor([0.0, 1e-4, 7e-4])
-    for name in ("nb", "poisson", "zinb"):
-        found = make_likelihood(name, statistics).log2_expression(rate)
-        torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 3.0]))
-    natural = torch.log1p(1e4 * rate)
-    found = make_likelihood("normal", statistics).log2_expression(natural)
-    torch.testing.assert_close(found, torch.tensor([0.0, 1.0, 3.0]))
-
-
 def test_zero_inflation_without_dropout_is_the_negative_binomial() -> None:
     means = make_means(20, N_GENES)
     values = make_values(CASES["nb"], means)

@@ -15,27 +15,24 @@ Block: TypeAlias = tuple[int | slice, ...]
 _ELEMENTS = 1 << 17  # half a megabyte in single precision
 
 
-def cache_blocks(values: Tensor, copies: int = 1) -> Iterator[Block]:
+def cache_blocks(values: Tensor) -> Iterator[Block]:
     """Yield the places of blocks of rows; a single one, of everything, on a GPU.
 
     Parameters
     ----------
     values
         Shape (..., rows, columns).
-    copies
-        Arrays of a block's size that one operation makes at a time.
 
     Yields
     ------
     tuple
         An index of `values` without its last dimension.
     """
-    most = max(_ELEMENTS // copies, 1)
-    if values.dim() < 2 or values.is_cuda or values.numel() <= most:
+    if values.dim() < 2 or values.is_cuda or values.numel() <= _ELEMENTS:
         yield (slice(None),) * max(values.dim() - 1, 0)
         return
     *leading, n_rows, n_columns = values.shape
-    step = max(most // n_columns, 1)
+    step = max(_ELEMENTS // n_columns, 1)
     for start in range(0, n_rows, step):
         for first in product(*map(range, leading)):
             yield (*first, slice(start, start + step))

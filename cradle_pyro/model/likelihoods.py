@@ -14,7 +14,7 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cradle_pyro.types import SCALE, Statistics
+from cradle_pyro.types import Statistics
 
 from .sampling import draw_counts
 from .special import fractions, log_choose, mean_terms
@@ -279,10 +279,6 @@ class AbstractLikelihood(nn.Module):
         fractions = torch.softmax(logits, -1)
         return fractions[..., :-1] if has_rest else fractions
 
-    def log2_expression(self, rate: Tensor) -> Tensor:
-        """Return the scale of effects, log2(1 + 1e4 rate)."""
-        return torch.log2(1 + SCALE * rate)
-
     def initial_logits(self, statistics: Statistics) -> Tensor:
         """Return the decoder's first bias, shape (genes,): the log mean fraction."""
         return statistics.fraction.clamp(min=1e-7).log()
@@ -348,10 +344,6 @@ class NormalLikelihood(AbstractLikelihood):
     def rate(self, logits: Tensor, *, has_rest: bool) -> Tensor:
         """Return the expected value of the kept genes, in the units of the input."""
         return logits[..., :-1] if has_rest else logits
-
-    def log2_expression(self, rate: Tensor) -> Tensor:
-        """Return the scale of effects: values are natural logs, so divide by log 2."""
-        return rate / math.log(2)
 
     def initial_logits(self, statistics: Statistics) -> Tensor:
         """Return the decoder's first bias, shape (genes,): the mean value."""

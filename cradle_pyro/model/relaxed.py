@@ -339,22 +339,27 @@ def _posterior(prior: ScaleMixtureNormal, loc: Tensor, scale: Tensor) -> _Poster
     loc, scale = loc.expand(shape), scale.expand(shape)
     log_weights = _with_room(prior.log_weights.movedim(-1, 0), len(shape)).expand(-1, *shape)
     found = _Posterior(loc.new_empty(log_weights.shape), *(torch.empty_like(loc) for _ in range(3)))
-    for block in cache_blocks(loc, copies=len(log_weights)):
-        observed, error = loc[block], scale[block].square()
-        variance = _components_first(prior.scales**2, error.dim())
-        total = variance + error
-        joint = observed.square() / total + (_TWO_PI * total).log()
-        joint = log_weights[:, *block] - joint.mul_(0.5)
-        log_evidence = joint.logsumexp(0)
-        inclusion = joint.sub_(log_evidence).exp_()
-        shrinkage = torch.div(variance, total, out=total)
-        first = (inclusion * shrinkage).sum(0)
-        second = (inclusion * shrinkage.square_()).sum(0)
-        beyond = second.sub_(first.square()).clamp_(min=0).mul_(observed.square())
-        found.inclusion[:, *block] = inclusion
-        found.mean[block] = first * observed
+    variances = prior.scales.square().unbind()
+    for block in cache_blocks(loc):
+        error, square = scale[block].square(), loc[block].square()
+        totals = [error + variance for variance in variances]
+        joint = found.inclusion[:, *block]
+        for part, total, log_weight in zip(joint, totals, log_weights[:, *block], strict=True):
+            torch.div(square, total, out=part).mul_(-0.5).add_(log_weight)
+        largest = joint.amax(0)
+        joint.sub_(largest).exp_()
+        evidence, first, second = (torch.zeros_like(error) for _ in range(3))
+        for part, total, variance in zip(joint, totals, variances, strict=True):
+            shrinkage = variance / total
+            evidence += part.mul_(total.rsqrt_())
+            first.addcmul_(part, shrinkage)
+            second.addcmul_(part, shrinkage.square_())
+        joint.div_(evidence)
+        first.div_(evidence)
+        beyond = second.div_(evidence).sub_(first.square()).clamp_(min=0).mul_(square)
+        found.mean[block] = first * loc[block]
         found.variance[block] = first.mul_(error).add_(beyond)
-        found.log_evidence[block] = log_evidence
+        found.log_evidence[block] = evidence.log_().add_(largest).sub_(0.5 * math.log(_TWO_PI))
     return found
 
 

@@ -52,12 +52,16 @@ class Abduction(NamedTuple):
 
     def take(self, rows: Tensor) -> Abduction:
         """Return the abduction of the cells at `rows` (integer positions, any of them often)."""
+        batch = self.batch.take(rows)
+
+        def one_taken(value: Tensor) -> Tensor:
+            # Counts that are held are those of the batch.
+            return batch.counts if value is self.batch.counts else value[rows]
 
         def taken(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {n: value[rows] if n in self.local else value for n, value in values.items()}
+            return {n: one_taken(v) if n in self.local else v for n, v in values.items()}
 
         noise = {name: one.take(rows) for name, one in self.noise.items()}
-        batch = self.batch.take(rows)
         return Abduction(batch, taken(self.latents), noise, taken(self.values), self.local)
 
 
@@ -179,5 +183,6 @@ def predict_each(
     n_cells = len(abduction.batch)
     rows = torch.arange(n_cells, device=abduction.batch.library.device).repeat(len(worlds))
     acts = {name: torch.cat([world[name] for world in worlds]) for name in worlds[0]}
-    values = predict(model, abduction.take(rows), acts)
+    # The factual values are not looked at any more.
+    values = predict(model, abduction._replace(values={}).take(rows), acts)
     return {name: values[name].unflatten(0, (-1, n_cells)) for name in abduction.local}

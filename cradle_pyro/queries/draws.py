@@ -19,6 +19,7 @@ from torch import Tensor
 from cradle_pyro import sites
 from cradle_pyro.data.dataset import CellData
 from cradle_pyro.errors import QueryError
+from cradle_pyro.inference.allocation import freed_memory_kept
 from cradle_pyro.inference.objectives import is_local
 from cradle_pyro.inference.posterior import Posterior, draw_latents
 from cradle_pyro.model.intervene import Do, given_values, may_be_given, sample_nodes
@@ -192,7 +193,11 @@ def over_draws(
     n_genes = posterior.schema.n_genes
     size = chunk or min(_MOST_CELLS_AT_A_TIME, max(_ENTRIES_AT_A_TIME // n_genes, 1))
     starts = range(0, data.n_cells, size)
-    with progress_bar(what, len(starts) * draws, show=progress) as advance, torch.no_grad():
+    with (
+        progress_bar(what, len(starts) * draws, show=progress) as advance,
+        torch.no_grad(),
+        freed_memory_kept(),
+    ):
         for start in starts:
             rows = slice(start, min(start + size, data.n_cells))
             batch = to_pair(posterior, data.batch(rows))

@@ -23,6 +23,7 @@ from torch import Tensor
 from cradle_pyro import sites
 from cradle_pyro.data.encode import canonical_label
 from cradle_pyro.errors import QueryError, near, shown
+from cradle_pyro.inference.allocation import freed_memory_kept
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.model.log_expression import expected_log2_expression
 from cradle_pyro.queries.abduction import Abduction, predict_each
@@ -73,7 +74,7 @@ Scale = Literal["rate", "counts"]
 _INTERVAL = (0.025, 0.975)
 _COLUMNS = ("gene", "mean", "sd", "ci_low", "ci_high", "lfsr", "out_of_support")
 _ENTRIES_AT_A_TIME = 20_000_000
-_ENTRIES_OF_WORLDS = 1_000_000
+_ENTRIES_OF_WORLDS = 4_000_000
 
 
 def average_effect(
@@ -186,8 +187,8 @@ def compare(
     _check_sizes(draws, n_cells, seed)
     groups = _groups(posterior, cells, by, n_cells, seed)
     values, slab = _both_contrasts(
-        posterior, [checked], base, groups=groups, scale=scale, draws=draws, n_cells=n_cells,
-        seed=seed,
+        completed(posterior), [checked], base, groups=groups, scale=scale, draws=draws,
+        n_cells=n_cells, seed=seed,
     )  # fmt: skip
     labels = [posterior.schema.control] if groups is None else groups.data.labels
     support = [support_notes(posterior, one, labels) for one in (checked, base)]
@@ -256,8 +257,8 @@ def interaction(
     values, slab = (
         part[:, 0, 0] - part[:, 1:, 0].sum(1)
         for part in _both_contrasts(
-            posterior, worlds, base, groups=None, scale="rate", draws=draws, n_cells=n_cells,
-            seed=seed,
+            completed(posterior), worlds, base, groups=None, scale="rate", draws=draws,
+            n_cells=n_cells, seed=seed,
         )
     )  # fmt: skip
     result = _table(schema, values, slab)
@@ -326,13 +327,14 @@ def interactions(
     members = _members_of_pairs(schema, asked)
     base = check(posterior, _world(schema, schema.control, kind))
     blocks = list(_blocks_of_pairs(members, _ENTRIES_AT_A_TIME // (draws * schema.n_genes)))
+    whole = completed(posterior)
     rows = []
     with progress_bar("Interactions", len(blocks) * draws, show=progress) as advance:
         for block in blocks:
             labels = {name: None for k in block for name in (asked[k], *members[k])}
             column = {label: k for k, label in enumerate(labels)}
             values = _contrasts(
-                posterior, [check(posterior, _world(schema, one, kind)) for one in labels], base,
+                whole, [check(posterior, _world(schema, one, kind)) for one in labels], base,
                 groups=None, scale="rate", draws=draws, n_cells=n_cells, seed=seed, advance=advance,
             )[:, :, 0]  # fmt: skip
             for k in block:
@@ -410,13 +412,14 @@ def effects(
         raise QueryError(f"Expected different labels, at least one; found {shown(labels)}.")
     base = check(posterior, _world(schema, schema.control, kind))
     block = max(_ENTRIES_AT_A_TIME // (draws * schema.n_genes), 1)
-    passes = 1 + has_slab(completed(posterior).guide, empty_batch(posterior, 1))
+    whole = completed(posterior)
+    passes = 1 + has_slab(whole.guide, empty_batch(whole, 1))
     with (
         progress_bar("Effects", passes * draws, show=progress) as advance,
         _room_for_draws() as room,
     ):
         values, slab = _both_contrasts(
-            posterior, worlds, base, groups=None, scale=scale, draws=draws, n_cells=n_cells,
+            whole, worlds, base, groups=None, scale=scale, draws=draws, n_cells=n_cells,
             seed=seed, advance=advance, room=room,
         )  # fmt: skip
         parts = [slice(start, start + block) for start in range(0, len(worlds), block)]
@@ -475,8 +478,9 @@ def effect_draws(
     ]
     base = check(posterior, _world(schema, schema.control, "direct"))
     return _contrasts(
-        posterior, worlds, base, groups=None, scale="rate", draws=draws, n_cells=n_cells, seed=seed
-    )[:, :, 0]
+        completed(posterior), worlds, base, groups=None, scale="rate", draws=draws,
+        n_cells=n_cells, seed=seed,
+    )[:, :, 0]  # fmt: skip
 
 
 def count_effects(
@@ -522,18 +526,19 @@ def count_effects(
     checked = [
         check(posterior, _world(schema, label, "direct")) for label in (schema.control, *labels)
     ]
-    for draw in range(draws):
-        with seeded(seed_of(seed, draw)):
-            cells = reference_draw(posterior, n_cells)
-            place = (torch.randperm(n_cells) + torch.rand(n_cells)).numpy() / n_cells
-        for some in _at_a_time(len(checked), n_cells * schema.n_genes):
-            acts = []
-            for library, one in zip(depths[some], checked[some], strict=True):
-                depth = torch.as_tensor(library[(place * len(library)).astype(np.int64)])
-                depth = depth.to(cells.batch.library)
-                acts.append(one.acts(cells.batch, cells.values) | {sites.LIBRARY: depth})
-            found = _count_expression(posterior, cells, acts, seed_of(seed, draw, 0))
-            totals[some] += found.cpu().numpy() / draws
+    with freed_memory_kept():
+        for draw in range(draws):
+            with seeded(seed_of(seed, draw)):
+                cells = reference_draw(posterior, n_cells)
+                place = (torch.randperm(n_cells) + torch.rand(n_cells)).numpy() / n_cells
+            for some in _at_a_time(len(checked), n_cells * schema.n_genes):
+                acts = []
+                for library, one in zip(depths[some], checked[some], strict=True):
+                    depth = torch.as_tensor(library[(place * len(library)).astype(np.int64)])
+                    depth = depth.to(cells.batch.library)
+                    acts.append(one.acts(cells.batch, cells.values) | {sites.LIBRARY: depth})
+                found = _count_expression(posterior, cells, acts, seed_of(seed, draw, 0))
+                totals[some] += found.cpu().numpy() / draws
     return totals[1:] - totals[:1]
 
 
@@ -656,10 +661,9 @@ def _contrasts(
 ) -> np.ndarray:
     """Return draws of mean differences to `base`, shape (draws, worlds, groups, genes).
 
-    They lie in what `room` makes of their shape, all zeros.
+    The posterior is :func:`completed`. Draws lie in what `room` makes of their shape, all zeros.
     """
     _check_sizes(draws, n_cells, seed)
-    posterior = completed(posterior)
     n_groups = 1 if groups is None else len(groups.names)
     shape = (draws, len(worlds), n_groups, posterior.schema.n_genes)
     totals = room(shape)
@@ -669,7 +673,7 @@ def _contrasts(
         share = reference.new_zeros(n_groups, len(codes))
         share[codes, np.arange(len(codes))] = torch.as_tensor(1 / sizes[codes]).to(share)
         for some in _at_a_time(len(worlds), reference.numel()):
-            change = _expression(posterior, abduction, worlds[some], scale) - reference
+            change = _expression(posterior, abduction, worlds[some], scale).sub_(reference)
             totals[draw, some] += (share @ change).cpu().numpy()
 
     if groups is None:
@@ -677,14 +681,15 @@ def _contrasts(
         artifacts = any(not isinstance(one, Tensor) and one in (None, FACTUAL) for one in flags)
         flagged = any(not isinstance(one, Tensor) or bool(one.any()) for one in flags)
         codes, sizes = np.zeros(n_cells, dtype=np.int64), np.array([n_cells])
-        for draw in range(draws):
-            with seeded(seed_of(seed, draw)):
-                cells = reference_draw(
-                    posterior, n_cells, artifacts=artifacts, libraries=flagged,
-                    counts=scale == "counts", given_slab=given_slab,
-                )  # fmt: skip
-                add(cells, draw, codes, sizes)
-            advance()
+        with freed_memory_kept():
+            for draw in range(draws):
+                with seeded(seed_of(seed, draw)):
+                    cells = reference_draw(
+                        posterior, n_cells, artifacts=artifacts, libraries=flagged,
+                        counts=scale == "counts", given_slab=given_slab,
+                    )  # fmt: skip
+                    add(cells, draw, codes, sizes)
+                advance()
         return totals
     sizes = np.bincount(groups.codes, minlength=n_groups)
 
@@ -704,8 +709,10 @@ def _both_contrasts(
     base: CheckedIntervention,
     **how: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return draws of the posterior, and of the posterior given that there are effects."""
-    posterior = completed(posterior)
+    """Return draws of the posterior, and of the posterior given that there are effects.
+
+    Arguments as of :func:`_contrasts`.
+    """
     values = _contrasts(posterior, worlds, base, given_slab=False, **how)
     if not has_slab(posterior.guide, empty_batch(posterior, 1)):
         return values, values

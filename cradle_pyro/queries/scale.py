@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from cradle_pyro.inference.posterior import Posterior
@@ -29,4 +28,4 @@ def log2_expression(posterior: Posterior, rate: Tensor) -> Tensor:
     """Return log2(1 + 1e4 rate); of log-normalised values, natural logs, the value over log 2."""
     if is_log_normalised(posterior):
         return rate / math.log(2)
-    return torch.log2(1 + SCALE * rate)
+    return (SCALE * rate).add_(1).log2_()

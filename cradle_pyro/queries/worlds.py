@@ -13,6 +13,7 @@ import torch
 from cradle_pyro import sites
 from cradle_pyro.data.encode import ANY_COLUMN, FLAG_PREFIX, design_labels
 from cradle_pyro.errors import QueryError
+from cradle_pyro.inference.allocation import freed_memory_kept
 from cradle_pyro.inference.posterior import Posterior
 from cradle_pyro.model.intervene import run_world
 from cradle_pyro.queries.abduction import Abduction, abduct
@@ -126,7 +127,7 @@ def intervene(
     posterior = completed(posterior)
     ends = np.linspace(0, n_cells, draws + 1).round().astype(int)
     pieces = []
-    with progress_bar("Worlds", draws, show=progress) as advance:
+    with progress_bar("Worlds", draws, show=progress) as advance, freed_memory_kept():
         for draw, (start, end) in enumerate(itertools.pairwise(ends.tolist())):
             with seeded(seed_of(seed, draw)):
                 cells = _population(posterior, data, end - start, from_prior=from_prior)
