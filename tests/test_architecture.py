@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "cradle_pyro"
 
 LAYERS = (
-    ("types", "sites", "errors", "config", "seeding"),
+    ("types", "sites", "errors", "config", "seeding", "threads"),
     ("data", "simulate"),
     ("model",),
     ("inference",),
@@ -264,3 +264,21 @@ import {PACKAGE}
 print(state() == before)
 """
     assert python(code) == "True"
+
+
+def test_qc_leaves_the_number_of_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba, under scanpy, sets it for the whole process the first time."""
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+    code = """
+import warnings
+warnings.simplefilter("ignore")
+import cradle_pyro as cp, torch
+from cradle_pyro.data.genes import select_genes
+
+torch.set_num_threads(1)
+adata = cp.simulate_perturbseq(n_cells=300, n_genes=100, n_perturbations=3, n_pairs=1)
+cp.annotate_artifacts(adata, layer="counts")
+select_genes(adata, 50, layer="counts")
+print(torch.get_num_threads())
+"""
+    assert python(code) == "1"

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from cradle_pyro.data import fields
 from cradle_pyro.data.encode import obs_column, split_label
 from cradle_pyro.errors import DataError, near, shown
+from cradle_pyro.threads import torch_threads_kept
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -234,6 +235,7 @@ def _targets(adata: AnnData, perturbation_key: str | None, delimiter: str) -> se
     return {name for label in labels for name in split_label(label, delimiter)}
 
 
+@torch_threads_kept()
 def _highly_variable(counts: fields.Counts, n_top: int) -> np.ndarray:
     """Return a mask of the most variable genes among the cells given."""
     import scanpy as sc

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cradle_pyro.data.fields import Counts, iter_count_rows, read_counts
 from cradle_pyro.errors import DataError, DataWarning, near, shown
+from cradle_pyro.threads import torch_threads_kept
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -364,7 +365,7 @@ def qc_metrics(
         obs=pd.DataFrame(index=pd.RangeIndex(matrix.shape[0]).astype(str)),
         var=pd.DataFrame(masks, index=pd.RangeIndex(matrix.shape[1]).astype(str)),
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch_threads_kept():
         warnings.simplefilter("ignore")  # scanpy divides by zero in empty cells
         found, _ = sc.pp.calculate_qc_metrics(
             cells, qc_vars=list(masks), percent_top=None, log1p=False
@@ -722,6 +723,7 @@ def _score_doublets(
     return scores, found[1]
 
 
+@torch_threads_kept()
 def _scrublet(counts: sp.csr_matrix, seed: int) -> tuple[NDArray[np.float64], float] | str:
     import scanpy as sc
     from anndata import AnnData
