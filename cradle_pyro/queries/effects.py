@@ -74,7 +74,8 @@ Scale = Literal["rate", "counts"]
 _INTERVAL = (0.025, 0.975)
 _COLUMNS = ("gene", "mean", "sd", "ci_low", "ci_high", "lfsr", "out_of_support")
 _ENTRIES_AT_A_TIME = 20_000_000
-_ENTRIES_OF_WORLDS = 4_000_000
+# Runs of the model take some time whatever their size; the noise of counts needs more memory.
+_ENTRIES_OF_WORLDS = {"rate": 4_000_000, "counts": 1_000_000}
 
 
 def average_effect(
@@ -531,7 +532,7 @@ def count_effects(
             with seeded(seed_of(seed, draw)):
                 cells = reference_draw(posterior, n_cells)
                 place = (torch.randperm(n_cells) + torch.rand(n_cells)).numpy() / n_cells
-            for some in _at_a_time(len(checked), n_cells * schema.n_genes):
+            for some in _at_a_time(len(checked), n_cells * schema.n_genes, "counts"):
                 acts = []
                 for library, one in zip(depths[some], checked[some], strict=True):
                     depth = torch.as_tensor(library[(place * len(library)).astype(np.int64)])
@@ -672,7 +673,7 @@ def _contrasts(
         reference = _expression(posterior, abduction, [base], scale)
         share = reference.new_zeros(n_groups, len(codes))
         share[codes, np.arange(len(codes))] = torch.as_tensor(1 / sizes[codes]).to(share)
-        for some in _at_a_time(len(worlds), reference.numel()):
+        for some in _at_a_time(len(worlds), reference.numel(), scale):
             change = _expression(posterior, abduction, worlds[some], scale).sub_(reference)
             totals[draw, some] += (share @ change).cpu().numpy()
 
@@ -719,9 +720,9 @@ def _both_contrasts(
     return values, _contrasts(posterior, worlds, base, given_slab=True, **how)
 
 
-def _at_a_time(n_worlds: int, n_entries: int) -> Iterator[slice]:
+def _at_a_time(n_worlds: int, n_entries: int, scale: Scale) -> Iterator[slice]:
     """Yield runs of worlds of `n_entries` each that are few enough to be predicted together."""
-    size = max(_ENTRIES_OF_WORLDS // n_entries, 1)
+    size = max(_ENTRIES_OF_WORLDS[scale] // n_entries, 1)
     for start in range(0, n_worlds, size):
         yield slice(start, min(start + size, n_worlds))
 
