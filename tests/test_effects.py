@@ -197,6 +197,20 @@ def test_effects_are_on_the_log2_scale_of_ten_thousand():
     torch.testing.assert_close(rate, torch.tensor([0.0, 1e-4, 7e-4]))  # left as it was
 
 
+@pytest.mark.parametrize("ask", [effects, average_effect], ids=lambda ask: ask.__name__)
+def test_the_posterior_is_completed_once(monkeypatch, ask):
+    """Both runs, with and without the spike, are of one: it draws all effects of all perturbations."""
+    calls = []
+
+    def counted(posterior):
+        calls.append(posterior)
+        return draws_of_cells.completed(posterior)
+
+    monkeypatch.setattr(queries, "completed", counted)
+    ask(shared_posterior(), "P0", **FEW)
+    assert len(calls) == 1
+
+
 def test_answers_neither_depend_on_the_callers_random_state_nor_move_it(question):
     answers = []
     for seed in (1, 2):
