@@ -199,7 +199,7 @@ def test_effects_are_on_the_log2_scale_of_ten_thousand():
 
 @pytest.mark.parametrize("ask", [effects, average_effect], ids=lambda ask: ask.__name__)
 def test_the_posterior_is_completed_once(monkeypatch, ask):
-    """Both runs, with and without the spike, are of one: it draws all effects of all perturbations."""
+    """Both runs, with and without the spike, are of one: completing draws all effects there are."""
     calls = []
 
     def counted(posterior):
