@@ -186,9 +186,6 @@ def question(request):
     return QUESTIONS[request.param]
 
 
-# ------------------------------------------------------------------------------- random numbers
-
-
 def test_effects_are_on_the_log2_scale_of_ten_thousand():
     rate = torch.tensor([0.0, 1e-4, 7e-4])
     expected = torch.tensor([0.0, 1.0, 3.0])
@@ -209,6 +206,9 @@ def test_the_posterior_is_completed_once(monkeypatch, ask):
     monkeypatch.setattr(queries, "completed", counted)
     ask(shared_posterior(), "P0", **FEW)
     assert len(calls) == 1
+
+
+# ------------------------------------------------------------------------------- random numbers
 
 
 def test_answers_neither_depend_on_the_callers_random_state_nor_move_it(question):

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from cradle_pyro.threads import torch_threads_kept
+
 __all__ = ["NO_REASON", "Failure", "Task", "run_tasks"]
 
 NO_REASON = "it ended without a reason"
@@ -135,12 +137,9 @@ def _run_quietly(task: Task) -> None:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads_kept():
+        torch.set_num_threads(1)
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

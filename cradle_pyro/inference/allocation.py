@@ -21,8 +21,8 @@ def freed_memory_kept() -> Iterator[None]:
     """Let the C library keep freed memory until the end of the block.
 
     It returns large arrays to the system, which hands out zeroed pages again at the next step:
-    a fifth of the time of a training step of 5,000 genes, and more of a query's. Only glibc is
-    told; elsewhere nothing happens.
+    a fifth of the time of a training step of 5,000 genes, and of a query of their effects. Only
+    glibc is told; elsewhere nothing happens.
     """
     library: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):

@@ -177,7 +177,7 @@ class ScaleMixtureNormal(TorchDistribution):
         """Return log weight_k + log N(value; 0, scale_k² + extra variance), components last."""
         shape = torch.broadcast_shapes(self.batch_shape, value.shape)
         log_weights = _with_room(self.log_weights.movedim(-1, 0), len(shape))
-        variance = _components_first(self.scales**2, len(shape)) + extra_variance
+        variance = _with_room(self.scales**2, len(shape)) + extra_variance
         fit = value**2 / variance + (_TWO_PI * variance).log()
         return (log_weights - 0.5 * fit).movedim(0, -1)
 
@@ -398,11 +398,6 @@ def _components(probabilities: Tensor, shape: torch.Size) -> Tensor:
     upper = _with_room(probabilities.cumsum(0)[:-1], len(shape))
     uniform = torch.rand(shape, device=upper.device, dtype=upper.dtype)
     return (uniform >= upper).sum(0)
-
-
-def _components_first(values: Tensor, n_dims: int) -> Tensor:
-    """Return values of the components in a dimension before `n_dims` others."""
-    return values.reshape(-1, *[1] * n_dims)
 
 
 def _with_room(values: Tensor, n_dims: int) -> Tensor:
